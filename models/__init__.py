@@ -1,0 +1,5 @@
+from adversarial_flow.models.discriminator_adversarial_flow import AdversarialFlowDiscriminator
+from adversarial_flow.models.transformer_adversarial_flow import AdversarialFlowTransformer2DModel
+
+
+__all__ = ["AdversarialFlowDiscriminator", "AdversarialFlowTransformer2DModel"]

@@ -1,0 +1,218 @@
+# Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
+"""The pipeline that samples adversarial flow models.
+
+This file imports nothing but torch and diffusers, so that it can be uploaded next to the weights as it is.
+"""
+
+from typing import Any, Callable
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import AutoencoderKL, ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers import FlowMapEulerDiscreteScheduler
+from diffusers.utils import replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+
+
+ANY_STEP_DEFAULT = 8  # sampling steps of an any-step model when none are asked for, as in the released code
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from adversarial_flow import AdversarialFlowPipeline
+
+        >>> pipe = AdversarialFlowPipeline.from_pretrained("afm-digits")
+        >>> image = pipe(class_labels=7, generator=torch.Generator().manual_seed(0)).images[0]
+        ```
+"""
+
+
+class AdversarialFlowPipeline(DiffusionPipeline):
+    r"""
+    Class-conditional or unconditional images from an adversarial flow model (arXiv 2511.22475), in one, few or any
+    number of steps.
+
+    Parameters:
+        transformer ([`AdversarialFlowTransformer2DModel`]): The generator.
+        scheduler ([`FlowMapEulerDiscreteScheduler`]): Makes the steps of a model that predicts velocities.
+        vae ([`AutoencoderKL`], *optional*): Decodes latents to images; without it the model works in pixels.
+        id2label (`dict`, *optional*): The name of each class id; several names of one class are separated by commas.
+        num_steps (`int`, *optional*, defaults to 1): The number of steps trained for; `None` means any number.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: FlowMapEulerDiscreteScheduler,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[str, str] | None = None,
+        num_steps: int | None = 1,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        id2label = {int(index): str(name) for index, name in (id2label or {}).items()}
+        self.register_to_config(id2label=id2label, num_steps=num_steps)
+        self.labels = {name.strip(): index for index, names in id2label.items() for name in names.split(",")}
+        vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        r"""
+        Maps names of classes to class ids.
+
+        Raises:
+            ValueError: if a name is not known.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        for name in names:
+            if name not in self.labels:
+                known = ", ".join(map(repr, list(self.labels)[:20])) or "none: this model was saved without names"
+                raise ValueError(f"There is no class named {name!r}. Known names: {known}.")
+        return [self.labels[name] for name in names]
+
+    def check_inputs(
+        self, class_labels: list[int] | None, batch_size: int | None, num_inference_steps: int, output_type: str
+    ) -> None:
+        """Raises a `ValueError` that says what to change when the arguments do not fit the model."""
+        num_classes, trained = self.transformer.config.num_classes, self.config.num_steps
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be a positive integer, not {num_inference_steps!r}.")
+        if trained is not None and num_inference_steps != trained:
+            raise ValueError(
+                f"This model was trained for {trained} step(s) and can't be sampled in {num_inference_steps}: leave "
+                "`num_inference_steps` out, or use a model trained with `--num_steps any`."
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', not {output_type!r}.")
+        if num_classes is None and class_labels is not None:
+            raise ValueError("This model is unconditional: leave `class_labels` out and use `batch_size`.")
+        if num_classes is not None:
+            if class_labels is None:
+                raise ValueError(f"This model has {num_classes} classes: pass `class_labels`, ids or names.")
+            highest = num_classes + int(self.transformer.config.use_null_class)
+            wrong = [label for label in class_labels if not 0 <= label < highest]
+            if wrong or not class_labels:
+                raise ValueError(f"`class_labels` must be ids from 0 to {highest - 1}, not {wrong or 'empty'}.")
+            if batch_size not in (None, len(class_labels)):
+                raise ValueError("`batch_size` is for unconditional models; here it is the number of class labels.")
+        elif batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive, not {batch_size}.")
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        Noise of shape `(batch_size, channels, height, width)`. It is drawn sample by sample, so that sample i of a
+        generator is the same whatever the batch size.
+        """
+        config, device, dtype = self.transformer.config, self._execution_device, self.transformer.dtype
+        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"`latents` must have shape {shape}, not {tuple(latents.shape)}.")
+            return latents.to(device=device, dtype=dtype)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators were passed for a batch of {batch_size}.")
+        generators = generator if isinstance(generator, list) else [generator] * batch_size
+        # Drawn in float32 and then rounded: the dtype of the model does not change the noise.
+        noise = [randn_tensor((1, *shape[1:]), generator=g, device=device, dtype=torch.float32) for g in generators]
+        return torch.cat(noise).to(dtype)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents to images in [-1, 1]; the identity for a model without VAE."""
+        if self.vae is None:
+            return latents
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + shift
+        return self.vae.decode(latents, return_dict=False)[0]
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        class_labels: int | str | list[int] | list[str] | torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, float, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Args:
+            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*):
+                Ids or names of the classes, one image for each. Required by a class-conditional model.
+            num_inference_steps (`int`, *optional*):
+                Number of steps. Defaults to the number that the model was trained for (8 for an any-step model).
+            batch_size (`int`, *optional*, defaults to 1): Number of images of an unconditional model.
+            generator (`torch.Generator` or `list`, *optional*): For reproducible noise; a list has one for each image.
+            latents (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): The noise itself.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` (in [0, 1], channels last), `"pt"` (in [0, 1], channels first) or `"latent"` (what the
+                transformer returned).
+            return_dict (`bool`, defaults to `True`): Return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback(pipeline, step, timestep, {"latents": ...})`; it may return a
+                dictionary with other latents.
+            callback_on_step_end_tensor_inputs (`list`, defaults to `["latents"]`): What the callback is given.
+
+        Returns:
+            `ImagePipelineOutput` or `tuple`: the images.
+
+        Raises:
+            ValueError: on labels, shapes or a number of steps that the model can't serve.
+        Examples:
+        """
+        class_labels = self._label_ids(class_labels)
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_steps or ANY_STEP_DEFAULT
+        self.check_inputs(class_labels, batch_size, num_inference_steps, output_type)
+        if class_labels is not None:
+            batch_size = len(class_labels)
+        elif batch_size is None:
+            batch_size = 1 if latents is None else len(latents)
+
+        device = self._execution_device
+        labels = None if class_labels is None else torch.tensor(class_labels, device=device)
+        latents = self.prepare_latents(batch_size, generator, latents)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        sigmas = self.scheduler.sigmas
+
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, timestep in enumerate(self.scheduler.timesteps):
+                model_output = self.transformer(
+                    latents, timestep=sigmas[i], r_timestep=sigmas[i + 1], class_labels=labels, return_dict=False
+                )[0]
+                if self.transformer.config.prediction_type == "sample":
+                    latents = model_output
+                else:
+                    latents = self.scheduler.step(model_output, timestep, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    inputs = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, i, timestep, inputs) or {}).get("latents", latents)
+                progress_bar.update()
+
+        images = latents if output_type == "latent" else self.decode_latents(latents).float()
+        images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _label_ids(self, class_labels) -> list[int] | None:
+        if class_labels is None:
+            return None
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.flatten().tolist()
+        if isinstance(class_labels, (int, str)):
+            class_labels = [class_labels]
+        return [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in class_labels]

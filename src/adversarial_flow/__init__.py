@@ -1,0 +1,8 @@
+"""Adversarial Flow Models (arXiv 2511.22475) with accelerate and diffusers."""
+
+from adversarial_flow.models import AdversarialFlowDiscriminator, AdversarialFlowTransformer2DModel
+from adversarial_flow.pipelines import AdversarialFlowPipeline
+
+
+__version__ = "0.1.0.dev0"
+__all__ = ["AdversarialFlowDiscriminator", "AdversarialFlowPipeline", "AdversarialFlowTransformer2DModel"]

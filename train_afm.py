@@ -1,0 +1,575 @@
+#!/usr/bin/env python
+# Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
+"""Trains an adversarial flow model (arXiv 2511.22475): a generator of one, few or any number of steps.
+
+Without flags it trains a one-step generator on the digits that scikit-learn ships (see configs/recipes/).
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from adversarial_flow import (
+    AdversarialFlowDiscriminator,
+    AdversarialFlowPipeline,
+    AdversarialFlowTransformer2DModel,
+)
+from adversarial_flow.utils.afm import FlowBatches, adversarial_gradient, discriminator_loss, generate
+from adversarial_flow.utils.arguments import (
+    add_data_arguments,
+    add_training_arguments,
+    check_arguments,
+    parse_with_recipe,
+    prepare_output_dir,
+    read_config,
+)
+from adversarial_flow.utils.augmentation import augment
+from adversarial_flow.utils.checkpointing import (
+    architecture,
+    clear_run,
+    find_checkpoint,
+    register_model_folders,
+    save_checkpoint,
+)
+from adversarial_flow.utils.data import TrainingData, UpdateBatchSampler, load_training_data, make_dataloader
+from adversarial_flow.utils.errors import InputError, run_script
+from adversarial_flow.utils.evaluation import SampleEvaluator, sample_images
+from adversarial_flow.utils.gradient_normalization import GradientNormalization, gradient_square
+from adversarial_flow.utils.hub import push_to_hub, write_model_card
+from adversarial_flow.utils.losses import optimal_transport_loss
+from adversarial_flow.utils.plots import image_grid, plot_curves
+from adversarial_flow.utils.schedules import scheduled_value
+from adversarial_flow.utils.training import (
+    InterruptGuard,
+    MetricsLog,
+    NonFiniteGuard,
+    exit_interrupted,
+    make_accelerator,
+    mean_over_ranks,
+    memory_plan,
+    read_metrics,
+)
+
+
+logger = get_logger(__name__)
+
+DIGITS_RECIPE = Path(__file__).parent / "configs" / "recipes" / "afm_digits.json"
+DEFAULT_MODEL_CONFIG = Path(__file__).parent / "configs" / "models" / "s_2.json"
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+
+def num_steps_type(value: str) -> int | None:
+    """`"any"` (as `None`) or a positive integer."""
+    if value == "any":
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number of steps: pass 1, 2, 3, ... or any")
+    return int(value)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("networks")
+    group.add_argument("--model_config_name_or_path", type=str, help="Config of the transformer (configs/models/).")
+    group.add_argument("--discriminator_config_name_or_path", type=str, help="Default: the transformer's sizes.")
+    group.add_argument("--num_steps", type=num_steps_type, default=1, help="Steps of the generator: 1, 2, ... or any.")
+    group.add_argument("--prediction_type", choices=("sample", "velocity"), help="Default: sample for one step.")
+    group.add_argument("--repeats", type=int, default=1, help="Apply the blocks R times (deep models, one step).")
+
+    group = parser.add_argument_group("objective (names of the paper)")
+    group.add_argument("--ttur", type=int, default=1, help="Discriminator updates for each generator update.")
+    weights = (("lambda_ot", 0.2, "Optimal transport"), ("lambda_gp", 0.25, "R1 and R2 penalties"))
+    for name, default, what in (*weights, ("augmentation_probability", 0.0, "Discriminator augmentation")):
+        group.add_argument(f"--{name}", type=float, default=default, help=f"{what}: value at the start.")
+        group.add_argument(f"--{name}_end", type=float, help="Value at the end of its schedule.")
+        group.add_argument(f"--{name}_schedule", choices=("cosine", "linear", "constant"), default="cosine")
+        group.add_argument(f"--{name}_decay_steps", type=int, help="Generator updates; default: all.")
+    group.add_argument("--lambda_cp", type=float, default=0.01, help="Logit centering.")
+    group.add_argument("--gp_epsilon", type=float, default=0.01, help="Size of the penalties' perturbation.")
+    group.add_argument("--gp_batch_ratio", type=float, default=0.25, help="Share of the batch that is penalised.")
+    group.add_argument(
+        "--discriminator_learning_rate", type=float, help="Default: --learning_rate, which --repeats does not divide."
+    )
+    add_data_arguments(parser)
+    add_training_arguments(parser)
+
+    args = parse_with_recipe(parser, DIGITS_RECIPE, argv)
+    check_arguments(args)
+    for name in ("ttur", "repeats"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    for name in ("lambda_ot", "lambda_gp", "lambda_cp"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name} must not be negative, not {getattr(args, name)}.")
+    if not 0 < args.gp_batch_ratio <= 1 or args.gp_epsilon <= 0:
+        raise InputError("--gp_batch_ratio must be in (0, 1] and --gp_epsilon positive.")
+    if args.repeats > 1 and args.num_steps != 1:
+        raise InputError("--repeats makes deep one-step models: it needs --num_steps 1.")
+    if args.prediction_type is None:
+        args.prediction_type = "sample" if args.num_steps == 1 else "velocity"
+    if args.discriminator_learning_rate is None:
+        args.discriminator_learning_rate = args.learning_rate
+    return args
+
+
+def objective_weights(args: argparse.Namespace, step: int) -> dict[str, float]:
+    """The scheduled weights at a generator update."""
+    weights = {}
+    for name in ("lambda_ot", "lambda_gp", "augmentation_probability"):
+        start, end = getattr(args, name), getattr(args, f"{name}_end")
+        schedule = "constant" if end is None else getattr(args, f"{name}_schedule")
+        decay_steps = getattr(args, f"{name}_decay_steps") or args.max_train_steps
+        weights[name] = scheduled_value(start, start if end is None else end, step, decay_steps, schedule)
+    return weights
+
+
+# --------------------------------------------------------------------------------------------------------- networks
+
+
+def network_configs(args, data: TrainingData, vae: AutoencoderKL | None) -> tuple[dict, dict]:
+    """The configs of the generator and of the discriminator: sizes from files, the rest from flags and data."""
+    path = args.model_config_name_or_path or str(DEFAULT_MODEL_CONFIG)
+    transformer = read_config(path, "--model_config_name_or_path")
+    discriminator = dict(transformer)
+    if args.discriminator_config_name_or_path is not None:
+        discriminator = read_config(args.discriminator_config_name_or_path, "--discriminator_config_name_or_path")
+    shared = {"sample_size": data.resolution, "in_channels": data.channels, "num_classes": len(data.id2label) or None}
+    if vae is not None:
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if vae.config.in_channels != data.channels:
+            raise InputError(f"--vae {args.vae} takes {vae.config.in_channels} channels, the images have {data.channels}.")
+        if data.resolution % factor != 0:
+            raise InputError(f"--resolution {data.resolution} is not divisible by the VAE's factor {factor}.")
+        shared.update(sample_size=data.resolution // factor, in_channels=vae.config.latent_channels)
+    limit = transformer.get("num_classes")
+    if limit is not None:
+        if (shared["num_classes"] or 0) > limit:
+            raise InputError(
+                f"the data has {shared['num_classes']} classes and --model_config_name_or_path {path} says {limit}: raise "
+                "or remove its num_classes, or choose other data."
+            )
+        shared["num_classes"] = limit
+    time_conditioning = {1: "none", None: "source_target"}.get(args.num_steps, "source")
+    transformer.update(
+        shared, time_conditioning=time_conditioning, prediction_type=args.prediction_type, repeats=args.repeats
+    )
+    discriminator.update(shared, time_conditioning="none" if args.num_steps == 1 else "source")
+    for key in ("prediction_type", "repeats"):
+        discriminator.pop(key, None)
+    return transformer, discriminator
+
+
+def make_networks(configs: tuple[dict, dict]) -> tuple[AdversarialFlowTransformer2DModel, AdversarialFlowDiscriminator]:
+    try:
+        return AdversarialFlowTransformer2DModel(**configs[0]), AdversarialFlowDiscriminator(**configs[1])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the networks' config does not work (--model_config_name_or_path): {error}") from error
+
+
+def load_vae(args) -> AutoencoderKL | None:
+    if args.vae is None:
+        return None
+    try:
+        subfolder = "vae" if (Path(args.vae) / "vae").is_dir() else None
+        return AutoencoderKL.from_pretrained(args.vae, subfolder=subfolder).requires_grad_(False).eval()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--vae {args.vae}: no AutoencoderKL could be loaded ({str(error).splitlines()[0]}).") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- updates
+
+
+def discriminator_update(accelerator, transformer, discriminator, optimizer, batches, args, weights, guard, step):
+    """One update of D on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics."""
+    accumulation, total = args.gradient_accumulation_steps, {}
+    discriminator.requires_grad_(True)
+    for micro_step in range(accumulation):
+        batch = next(batches)
+        with torch.no_grad():
+            fake = generate(transformer, batch, args.prediction_type)
+        last = micro_step == accumulation - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(discriminator):
+            loss, metrics = discriminator_loss(
+                discriminator,
+                batch,
+                fake,
+                weights["lambda_gp"],
+                args.lambda_cp,
+                args.gp_epsilon,
+                weights["augmentation_probability"],
+            )
+            accelerator.backward(loss / accumulation)
+        total = {name: total.get(name, 0) + value / accumulation for name, value in metrics.items()}
+    total = mean_over_ranks(accelerator, total)
+    grad_norm = accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm or math.inf)
+    if not guard.skips("discriminator", step, grad_norm, *total.values()):
+        optimizer.step()
+    optimizer.zero_grad()
+    return {**total, "discriminator_grad_norm": grad_norm}
+
+
+def generator_update(
+    accelerator, transformer, discriminator, optimizer, batches, normalization, args, weights, guard, step
+):
+    """
+    One update of G on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics and whether it was made.
+
+    The adversarial gradient at G's output comes first, for all micro-batches, because its normalisation needs them all;
+    then it enters G's backward together with the optimal-transport loss.
+    """
+    accumulation, probability = args.gradient_accumulation_steps, weights["augmentation_probability"]
+    micro_batches = [next(batches) for _ in range(accumulation)]
+    discriminator.requires_grad_(False)
+    gradients, total = [], {}
+    for batch in micro_batches:
+        with torch.set_grad_enabled(accumulation == 1):  # with several micro-batches G runs again below
+            fake = generate(transformer, batch, args.prediction_type)
+            augmented = augment(fake, batch.augmentation, probability)
+        with accelerator.no_sync(discriminator):
+            gradient, loss = adversarial_gradient(discriminator, batch, augmented, probability)
+        gradients.append(gradient)
+        metrics = {"generator_loss": loss, "adversarial_grad_square": gradient_square(gradient)}
+        total = {name: total.get(name, 0) + value / accumulation for name, value in metrics.items()}
+    total = mean_over_ranks(accelerator, total)
+    square = total.pop("adversarial_grad_square")
+    if guard.skips("generator", step, square, *total.values()):
+        return total, False
+    scale = normalization.update(square)
+
+    transport_total = {}
+    for micro_step, (batch, gradient) in enumerate(zip(micro_batches, gradients)):
+        last = micro_step == accumulation - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(transformer):
+            if accumulation > 1:
+                fake = generate(transformer, batch, args.prediction_type)
+                augmented = augment(fake, batch.augmentation, probability)
+            transport_loss = optimal_transport_loss(fake, batch.source, batch.weight)
+            (transport_gradient,) = torch.autograd.grad(transport_loss, fake, retain_graph=True)
+            # The gradient of <augmented, constant> is the constant: the normalised adversarial gradient.
+            adversarial = (augmented * (gradient * scale)).sum()
+            accelerator.backward((adversarial + weights["lambda_ot"] * transport_loss) / accumulation)
+        metrics = {
+            "optimal_transport_loss": transport_loss,
+            "optimal_transport_grad_square": weights["lambda_ot"] ** 2 * gradient_square(transport_gradient),
+        }
+        transport_total = {n: transport_total.get(n, 0) + v.detach() / accumulation for n, v in metrics.items()}
+    transport_total = mean_over_ranks(accelerator, transport_total)
+    grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm or math.inf)
+    skipped = guard.skips("generator", step, grad_norm, *transport_total.values())
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad()
+    # Both norms at G's output in the same unit; the normalised adversarial one fluctuates around 1.
+    total["adversarial_grad_norm_raw"] = square.sqrt()
+    total["adversarial_grad_norm"] = square.sqrt() * scale
+    total["optimal_transport_grad_norm"] = transport_total.pop("optimal_transport_grad_square").sqrt()
+    return {**total, **transport_total, "generator_grad_norm": grad_norm}, not skipped
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def make_pipeline(transformer, vae, data: TrainingData, args) -> AdversarialFlowPipeline:
+    pipeline = AdversarialFlowPipeline(
+        transformer=transformer,
+        scheduler=FlowMapEulerDiscreteScheduler(),
+        vae=vae,
+        id2label={str(index): name for index, name in data.id2label.items()},
+        num_steps=args.num_steps,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def grid_labels(num_classes: int | None) -> tuple[list[int] | None, int, int]:
+    """Labels, number of images and columns of the sample grid: up to 10 classes in rows, 10 seeds in columns."""
+    if num_classes is None:
+        return None, 64, 8
+    rows = [i * num_classes // min(num_classes, 10) for i in range(min(num_classes, 10))]
+    return [label for label in rows for _ in range(10)], 10 * len(rows), 10
+
+
+def save_final(output_dir: str, pipeline: AdversarialFlowPipeline, discriminator: torch.nn.Module) -> None:
+    """The pipeline with the averaged weights, and the discriminator for who wants to train on."""
+    try:
+        pipeline.save_pretrained(output_dir)
+        discriminator.save_pretrained(str(Path(output_dir) / "discriminator"))
+    except Exception as error:  # a full disk surfaces as OSError, RuntimeError or SafetensorError
+        raise InputError(
+            f"--output_dir {output_dir}: the final weights could not be written ({error}). Make room on the disk and run "
+            "again with --resume_from_checkpoint latest."
+        ) from error
+
+
+def write_results(args, data, pipeline, evaluator, steps: int, guard: NonFiniteGuard) -> dict:
+    """Samples, curves, `results.json` and the model card. A failure here is reported and costs nothing."""
+    folder = Path(args.output_dir)
+    labels, count, columns = grid_labels(pipeline.transformer.config.num_classes)
+    grid = image_grid(sample_images(pipeline, labels, count, seed=args.seed), columns)
+    grid.save(folder / "samples.png")
+    results = {
+        "steps": steps,
+        "num_inference_steps": args.num_steps or "any",
+        "weights": f"EMA {args.ema_decay}",
+        "skipped_updates": guard.total,
+        "versions": {m.__name__: m.__version__ for m in (torch, accelerate, diffusers)},
+    }
+    if evaluator is not None:
+        results.update(evaluator.final(pipeline))
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    plot_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png", evaluator and evaluator.references)
+    argument = "batch_size=4" if labels is None else f"class_labels=[{', '.join(map(str, sorted(set(labels))[:4]))}]"
+    usage = (
+        "from adversarial_flow import AdversarialFlowPipeline\n\n"
+        f'pipe = AdversarialFlowPipeline.from_pretrained("{args.hub_model_id or folder.name}")\n'
+        f"images = pipe({argument}).images"
+    )
+    command = "accelerate launch train_afm.py " + shlex.join(sys.argv[1:])
+    write_model_card(args.output_dir, command, vars(args), results, usage, folder.resolve().name)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    args = parse_args()
+    prepare_output_dir(args)
+    accelerator = make_accelerator(args)
+    set_seed(args.seed)  # the same weights on all ranks; noise does not come from here
+
+    # Data
+    with accelerator.main_process_first():
+        data = load_training_data(args)
+    vae = load_vae(args)
+    world_size, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
+    global_batch = args.train_batch_size * accumulation * world_size
+    if global_batch > len(data.dataset):
+        raise InputError(
+            f"a batch of {global_batch} (--train_batch_size {args.train_batch_size} x {accumulation} micro-steps x "
+            f"{world_size} processes) is larger than the data set ({len(data.dataset)} images): lower --train_batch_size."
+        )
+
+    # Networks
+    configs = network_configs(args, data, vae)
+    with torch.device("meta"):
+        sizes = make_networks(configs)
+    if accelerator.is_main_process:
+        print(memory_plan(args, *sizes, data_size=len(data.dataset), processes=world_size))
+    if accelerator.mixed_precision == "bf16" and not all(config.get("qk_norm") for config in configs):
+        logger.warning("bf16 without qk_norm in both networks' configs is known to be unstable.")
+    if args.dry_run:
+        return
+    resume = None
+    if args.resume_from_checkpoint is not None:
+        expected = {name: architecture(model) for name, model in zip(("transformer", "discriminator"), sizes)}
+        resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir, expected)
+        if resume is None:
+            logger.info(f"There is no checkpoint in {args.output_dir} yet: starting a new run.")
+    if accelerator.is_main_process:
+        clear_run(args.output_dir, keep_checkpoints=args.resume_from_checkpoint is not None)
+    accelerator.wait_for_everyone()
+    transformer, discriminator = make_networks(configs)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+        discriminator.enable_gradient_checkpointing()
+    if args.compile:
+        transformer.compile()
+    if vae is not None:
+        vae.to(accelerator.device)
+
+    # Optimisers and schedules. A unit of a schedule is one update of its network, hence they are not prepared.
+    adam = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in (transformer, discriminator)]
+    optimizer_g = torch.optim.AdamW(trained[0], lr=args.learning_rate / args.repeats, **adam)
+    optimizer_d = torch.optim.AdamW(trained[1], lr=args.discriminator_learning_rate, **adam)
+    scheduler_g, scheduler_d = (
+        get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps * updates,
+        )
+        for optimizer, updates in ((optimizer_g, 1), (optimizer_d, args.ttur))
+    )
+    transformer, discriminator, optimizer_g, optimizer_d = accelerator.prepare(
+        transformer, discriminator, optimizer_g, optimizer_d
+    )
+    plain_transformer = accelerator.unwrap_model(transformer)
+    ema = EMAModel(  # from the prepared network: its weights are the same on all ranks
+        plain_transformer.parameters(),
+        decay=args.ema_decay,
+        min_decay=float(args.ema_decay),  # constant, as in the paper, rather than ramped
+        foreach=True,
+        model_cls=AdversarialFlowTransformer2DModel,
+        model_config=plain_transformer.config,
+    )
+    normalization = GradientNormalization().to(accelerator.device)
+    nonfinite = NonFiniteGuard(args.max_skipped_updates)
+    accelerator.register_for_checkpointing(scheduler_g, scheduler_d, normalization, nonfinite)
+    register_model_folders(accelerator, {"transformer": transformer, "discriminator": discriminator}, ema)
+    run_state = {
+        "architecture": {"transformer": architecture(plain_transformer)}
+        | {"discriminator": architecture(accelerator.unwrap_model(discriminator))},
+        "updates_per_step": args.ttur + 1,
+        "seed": args.seed,
+        "global_batch": global_batch,
+    }
+    first_step = 0
+    if resume is not None:
+        checkpoint, state = resume
+        accelerator.load_state(str(checkpoint))
+        first_step = state["step"]
+        for key in ("updates_per_step", "seed", "global_batch"):
+            if state[key] != run_state[key]:
+                logger.warning(f"{checkpoint.name} was made with {key} {state[key]}, this run has {run_state[key]}.")
+        logger.info(f"Resuming from {checkpoint} at step {first_step}.")
+
+    sampler = UpdateBatchSampler(
+        len(data.dataset),
+        args.train_batch_size,
+        accumulation,
+        args.seed,
+        accelerator.process_index,
+        world_size,
+        first_update=first_step * (args.ttur + 1),
+    )
+    config = plain_transformer.config
+    batches = FlowBatches(
+        make_dataloader(data.dataset, sampler, args.dataloader_num_workers),
+        sampler,
+        (config.in_channels, config.sample_size, config.sample_size),
+        args.seed,
+        args.num_steps,
+        config.num_classes is not None,
+        args.random_flip,
+        args.gp_batch_ratio,
+        vae,
+        accelerator.device,
+    )
+    evaluator = SampleEvaluator.for_digits(data.dataset) if accelerator.is_main_process else None
+    log = MetricsLog(accelerator, args.output_dir, first_step)
+    log.start_trackers(args.tracker_project_name, vars(args))
+
+    # Training: `ttur` updates of D, then one of G, each on fresh batches
+    interrupt = InterruptGuard(accelerator)
+    progress = tqdm(
+        initial=first_step,
+        total=args.max_train_steps,
+        desc="Steps",
+        disable=not accelerator.is_local_main_process,
+        dynamic_ncols=True,
+    )
+    step, saved_step = first_step, first_step if resume is not None else -1
+    while step < args.max_train_steps and not interrupt.requested():
+        weights = objective_weights(args, step)
+        for _ in range(args.ttur):
+            metrics = discriminator_update(
+                accelerator, transformer, discriminator, optimizer_d, batches, args, weights, nonfinite, step
+            )
+            scheduler_d.step()
+            log.add(metrics, images=global_batch)
+        metrics, updated = generator_update(
+            accelerator, transformer, discriminator, optimizer_g, batches, normalization, args, weights, nonfinite, step
+        )
+        scheduler_g.step()
+        if updated:
+            ema.step(plain_transformer.parameters())
+        log.add(metrics, images=global_batch)
+        step += 1
+        progress.update()
+
+        if step % args.logging_steps == 0 or step == args.max_train_steps:
+            rates = {"learning_rate": scheduler_g.get_last_lr()[0]}
+            rates["discriminator_learning_rate"] = scheduler_d.get_last_lr()[0]
+            row = log.flush(step, **weights, **rates, skipped_updates=nonfinite.total)
+            shown = {"D": row["discriminator_loss"], "G": row["generator_loss"], "OT": row["optimal_transport_loss"]}
+            progress.set_postfix({**shown, "samples/s": row["samples_per_second"]})
+        if step % args.validation_steps == 0 and step < args.max_train_steps:
+            validate(accelerator, plain_transformer, ema, vae, data, args, evaluator, log, step)
+        if step % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, args.output_dir, step, run_state, args.checkpoints_total_limit)
+            saved_step = step
+    progress.close()
+
+    # The end, also of an interrupted run: a checkpoint, then the pipeline with the averaged weights
+    if interrupt.signal is not None or step < args.max_train_steps:
+        if saved_step != step:
+            save_checkpoint(accelerator, args.output_dir, step, run_state, args.checkpoints_total_limit)
+    ema.copy_to(plain_transformer.parameters())
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        pipeline = make_pipeline(plain_transformer, vae, data, args)
+        save_final(args.output_dir, pipeline, accelerator.unwrap_model(discriminator))
+    if step < args.max_train_steps:
+        accelerator.end_training()
+        exit_interrupted(
+            interrupt,
+            f"Interrupted at step {step}: a checkpoint and the weights are in {args.output_dir}. Run the same command "
+            "with --resume_from_checkpoint latest to go on.",
+        )
+    if accelerator.is_main_process:
+        try:
+            results = write_results(args, data, pipeline, evaluator, step, nonfinite)
+            log.write(step, results.get("metrics", {}))
+        except Exception as error:  # the weights are saved; a picture or a metric must not end the run in an error
+            logger.error(f"The weights are saved, but samples or metrics failed: {error!r}")
+        if args.push_to_hub:
+            push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+        print_next(args, data)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def validate(accelerator, transformer, ema, vae, data, args, evaluator, log, step) -> None:
+    """A grid of samples of the averaged weights for the trackers, and their metrics where there is an evaluator."""
+    if accelerator.is_main_process:
+        ema.store(transformer.parameters())
+        ema.copy_to(transformer.parameters())
+        try:
+            pipeline = make_pipeline(transformer, vae, data, args)
+            labels, count, columns = grid_labels(transformer.config.num_classes)
+            log.images(step, "samples", [image_grid(sample_images(pipeline, labels, count, seed=args.seed), columns)])
+            if evaluator is not None:
+                log.write(step, evaluator.quick(pipeline))
+        except Exception as error:  # an evaluation never costs a run
+            logger.error(f"The validation at step {step} failed: {error!r}")
+        finally:
+            ema.restore(transformer.parameters())
+    accelerator.wait_for_everyone()
+
+
+def print_next(args: argparse.Namespace, data: TrainingData) -> None:
+    label = "class_labels=7" if data.id2label else ""
+    print(
+        f"\nDone: {args.output_dir}/ holds the pipeline, samples.png, curves.png and results.json.\n"
+        "What to run next:\n"
+        f"  python -c \"from adversarial_flow import AdversarialFlowPipeline as P; "
+        f"P.from_pretrained('{args.output_dir}')({label}).images[0].save('sample.png')\"\n"
+        "  accelerate launch train_afm.py --train_data_dir YOUR_IMAGES --resolution 64    # your own images\n"
+        f"  hf upload YOUR_NAME/{Path(args.output_dir).name} {args.output_dir} . --exclude 'checkpoint-*' --exclude 'logs/*'"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,199 @@
+# Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
+"""One update's worth of the adversarial flow objective: its batch, the discriminator's loss, the generator's gradient."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models import AutoencoderKL
+from torch.utils.data import DataLoader
+
+from adversarial_flow.utils.augmentation import NUM_AUGMENTATION_UNIFORMS, augment
+from adversarial_flow.utils.data import BrokenSampleCounter, UpdateBatchSampler
+from adversarial_flow.utils.flow import interpolate, step_times, step_weight, transport
+from adversarial_flow.utils.losses import (
+    centering_penalty,
+    discriminator_adversarial_loss,
+    generator_adversarial_loss,
+    gradient_penalty,
+)
+from adversarial_flow.utils.randomness import draw_normals_and_uniforms, sample_seeds
+
+
+@dataclass
+class FlowBatch:
+    """A micro-batch of source samples x_s and independent target samples x_t, with all random numbers it needs."""
+
+    source: torch.Tensor  # (B, C, H, W), x_s
+    target: torch.Tensor  # (B, C, H, W), x_t, of another noise than x_s
+    timestep: torch.Tensor  # (B,), s
+    r_timestep: torch.Tensor  # (B,), t
+    weight: torch.Tensor  # (B,), w(s, t)
+    class_labels: torch.Tensor | None  # (B,)
+    penalty_noise: torch.Tensor  # (2, B, C, H, W), for R1 and R2
+    penalised: torch.Tensor  # (P,), indices of the samples that R1 and R2 look at
+    penalty_share: float  # P / (ratio * B): 1 on average, so that micro-batches of any size add up
+    augmentation: torch.Tensor  # (B, NUM_AUGMENTATION_UNIFORMS)
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Samples the posterior of `images` in [-1, 1] with the given `noise`, and scales it as the VAE's config says."""
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    latents = posterior.mean.float() + posterior.std.float() * noise
+    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+class FlowBatches:
+    """
+    Endless [`FlowBatch`]es for this rank, `accumulation` of them for each update, D's and G's updates in turn.
+
+    Args:
+        dataloader (`DataLoader`): From [`~utils.data.make_dataloader`].
+        sampler (`UpdateBatchSampler`): Its batch sampler.
+        sample_shape (`tuple`): (C, H, W) of what the networks see.
+        seed (`int`): Of all noise, times, flips and augmentations.
+        num_steps (`int`, *optional*): Steps of the generator; `None` for any.
+        conditional (`bool`): Whether the networks take class labels.
+        random_flip (`bool`): Mirror half of the images.
+        penalty_ratio (`float`): Share of the batch that R1 and R2 look at.
+        vae (`AutoencoderKL`, *optional*): Encodes the images.
+    """
+
+    def __init__(
+        self,
+        dataloader: DataLoader,
+        sampler: UpdateBatchSampler,
+        sample_shape: tuple[int, int, int],
+        seed: int,
+        num_steps: int | None,
+        conditional: bool,
+        random_flip: bool,
+        penalty_ratio: float,
+        vae: AutoencoderKL | None,
+        device: torch.device,
+    ):
+        self.sampler, self.sample_shape, self.seed, self.num_steps = sampler, sample_shape, seed, num_steps
+        self.conditional, self.random_flip, self.penalty_ratio = conditional, random_flip, penalty_ratio
+        self.vae, self.device = vae, device
+        self.micro_steps = sampler.update * sampler.accumulation
+        self.broken = BrokenSampleCounter(sampler.length)
+        self._batches = iter(dataloader)
+
+    def __next__(self) -> FlowBatch:
+        update, micro_step = divmod(self.micro_steps, self.sampler.accumulation)
+        self.micro_steps += 1
+        batch = next(self._batches)
+        self.broken.add(batch["broken"])
+        positions = self.sampler.positions(micro_step)
+        normals, uniforms = draw_normals_and_uniforms(
+            sample_seeds(self.seed, update, positions),
+            5 if self.vae is not None else 4,
+            self.sample_shape,
+            3 + NUM_AUGMENTATION_UNIFORMS,
+            self.device,
+        )
+        images = batch["image"].to(self.device, non_blocking=True)  # (B, C, H, W)
+        if self.random_flip:
+            images = torch.where((uniforms[:, 2] < 0.5)[:, None, None, None], images.flip(-1), images)
+        if self.vae is not None:
+            images = encode_latents(self.vae, images, normals[4])
+
+        timestep, r_timestep = step_times(self.num_steps, uniforms[:, :2])
+        ratio = self.penalty_ratio
+        penalised = [i for i, p in enumerate(positions) if int((p + 1) * ratio) > int(p * ratio)]
+        return FlowBatch(
+            source=interpolate(images, normals[0], timestep),
+            target=interpolate(images, normals[1], r_timestep),
+            timestep=timestep,
+            r_timestep=r_timestep,
+            weight=step_weight(timestep, r_timestep),
+            class_labels=batch["label"].to(self.device) if self.conditional else None,
+            penalty_noise=normals[2:4],
+            penalised=torch.tensor(penalised, dtype=torch.long, device=self.device),
+            penalty_share=len(penalised) / (ratio * len(positions)) if penalised else 0.0,
+            augmentation=uniforms[:, 3:],
+        )
+
+
+def generate(transformer: torch.nn.Module, batch: FlowBatch, prediction_type: str) -> torch.Tensor:
+    """G(x_s, s, t, c) for a micro-batch, of shape `(B, C, H, W)`."""
+    output = transformer(
+        batch.source,
+        timestep=batch.timestep,
+        r_timestep=batch.r_timestep,
+        class_labels=batch.class_labels,
+        return_dict=False,
+    )[0]
+    return transport(output, batch.source, batch.timestep, batch.r_timestep, prediction_type)
+
+
+def _repeat(values: torch.Tensor | None, *indices: torch.Tensor) -> torch.Tensor | None:
+    return None if values is None else torch.cat([values[index] for index in indices])
+
+
+def discriminator_loss(
+    discriminator: torch.nn.Module,
+    batch: FlowBatch,
+    fake: torch.Tensor,
+    lambda_gp: float,
+    lambda_cp: float,
+    epsilon: float,
+    augmentation_probability: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    The discriminator's whole loss, L_adv^D + lambda_gp (R1 + R2) + lambda_cp L_cp, and its terms.
+
+    Real and generated samples and the perturbed ones of both go through the discriminator in one forward.
+    """
+    real = augment(batch.target, batch.augmentation, augmentation_probability)
+    fake = augment(fake, batch.augmentation, augmentation_probability)
+    every, some = torch.arange(len(real), device=real.device), batch.penalised
+    perturbed_real = real[some] + epsilon * batch.penalty_noise[0, some]
+    perturbed_fake = fake[some] + epsilon * batch.penalty_noise[1, some]
+    logits = discriminator(
+        torch.cat([real, fake, perturbed_real, perturbed_fake]),
+        timestep=_repeat(batch.r_timestep, every, every, some, some),
+        class_labels=_repeat(batch.class_labels, every, every, some, some),
+        return_dict=False,
+    )[0]
+    logits_real, logits_fake, logits_perturbed_real, logits_perturbed_fake = logits.split(
+        [len(every), len(every), len(some), len(some)]
+    )
+    adversarial = discriminator_adversarial_loss(logits_real, logits_fake)
+    centering = centering_penalty(logits_real, logits_fake)
+    r1 = r2 = adversarial.new_zeros(())
+    if len(some) > 0:
+        r1 = batch.penalty_share * gradient_penalty(
+            logits_real[some], logits_perturbed_real, batch.weight[some], epsilon
+        )
+        r2 = batch.penalty_share * gradient_penalty(
+            logits_fake[some], logits_perturbed_fake, batch.weight[some], epsilon
+        )
+    loss = adversarial + lambda_gp * (r1 + r2) + lambda_cp * centering
+    terms = {
+        "discriminator_loss": adversarial,
+        "r1_penalty": r1,
+        "r2_penalty": r2,
+        "centering_penalty": centering,
+        "logits_real": logits_real.mean(),
+        "logits_fake": logits_fake.mean(),
+    }
+    return loss, {name: value.detach() for name, value in terms.items()}
+
+
+def adversarial_gradient(
+    discriminator: torch.nn.Module, batch: FlowBatch, augmented_fake: torch.Tensor, augmentation_probability: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The gradient of L_adv^G at the (augmented) output of the generator, before normalisation, and the loss itself.
+
+    The discriminator gets no gradients: the caller has frozen it.
+    """
+    real = augment(batch.target, batch.augmentation, augmentation_probability)
+    with torch.no_grad():  # no gradient flows through the real samples: a forward without a graph is enough
+        logits_real = discriminator(real, batch.r_timestep, batch.class_labels, return_dict=False)[0]
+    augmented_fake = augmented_fake.detach().requires_grad_()
+    logits_fake = discriminator(augmented_fake, batch.r_timestep, batch.class_labels, return_dict=False)[0]
+    loss = generator_adversarial_loss(logits_real, logits_fake)
+    (gradient,) = torch.autograd.grad(loss, augmented_fake)
+    return gradient, loss.detach()

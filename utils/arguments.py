@@ -1,0 +1,175 @@
+# Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
+"""The flags that the training scripts share, named as in diffusers' examples, and the checks of their values."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from diffusers.optimization import SchedulerType
+
+from adversarial_flow.utils.errors import InputError
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data (without --train_data_dir and --dataset_name: scikit-learn's digits)")
+    group.add_argument("--train_data_dir", type=str, help="A folder of images; each sub-folder is a class.")
+    group.add_argument("--dataset_name", type=str, help="A data set on the Hub or on disk, read by `datasets`.")
+    group.add_argument("--dataset_config_name", type=str, help="The configuration of --dataset_name.")
+    group.add_argument("--dataset_split", type=str, default="train", help="The split to train on.")
+    group.add_argument("--image_column", type=str, default="image", help="The column with the images.")
+    group.add_argument("--label_column", type=str, help="The column with the classes; default: 'label' if it exists.")
+    group.add_argument("--cache_dir", type=str, help="Where `datasets` keeps its files.")
+    group.add_argument("--resolution", type=int, help="Images are resized and cropped to this size (default 64).")
+    group.add_argument("--channels", type=int, default=3, choices=(1, 3), help="Train on grey (1) or RGB (3) images.")
+    group.add_argument("--random_flip", action="store_true", help="Mirror images at random, with probability 1/2.")
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that load data.")
+    group.add_argument("--vae", type=str, help="Train on the latents of this AutoencoderKL (folder or Hub id).")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--recipe", type=str, help="A JSON file with values of flags; flags given here go first.")
+    group.add_argument("--output_dir", type=str, help="Where everything is written.")
+    group.add_argument(
+        "--overwrite_output_dir", action="store_true", help="Remove the run that --output_dir holds and start anew."
+    )
+    group.add_argument("--seed", type=int, default=0, help="Of the weights, the data order and all noise.")
+    group.add_argument("--train_batch_size", type=int, default=256, help="Images per process and micro-step.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps of one update.")
+    group.add_argument("--max_train_steps", type=int, default=100_000, help="Number of generator updates.")
+    group.add_argument("--learning_rate", type=float, default=1e-4)
+    group.add_argument(
+        "--lr_scheduler", type=str, default="constant", choices=[s.value for s in SchedulerType if s != "piecewise_constant"]
+    )
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="In updates of the network concerned.")
+    group.add_argument("--adam_beta1", type=float, default=0.0)
+    group.add_argument("--adam_beta2", type=float, default=0.9)
+    group.add_argument("--adam_weight_decay", type=float, default=0.01)
+    group.add_argument("--adam_epsilon", type=float, default=1e-8)
+    group.add_argument("--max_grad_norm", type=float, help="Clip gradients to this norm (5.0 in the paper's deep runs).")
+    group.add_argument("--ema_decay", type=float, default=0.9999, help="Of the generator's average, per update.")
+    group.add_argument("--mixed_precision", type=str, choices=("no", "fp16", "bf16"), help="Default: accelerate's.")
+    group.add_argument("--allow_tf32", action="store_true", help="Use TF32 on GPUs, as the published runs did.")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="Trade compute for memory.")
+    group.add_argument("--compile", action="store_true", help="Run the generator through torch.compile.")
+    group.add_argument("--max_skipped_updates", type=int, default=10, help="Non-finite updates in a row that end it.")
+    group.add_argument("--dry_run", action="store_true", help="Print the plan, sizes and memory, and stop.")
+
+    group = parser.add_argument_group("checkpoints, logs and the Hub")
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="Generator updates between checkpoints.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep only this many checkpoints.")
+    group.add_argument("--resume_from_checkpoint", type=str, help="'latest' or a checkpoint folder.")
+    group.add_argument("--validation_steps", type=int, default=1000, help="Generator updates between sample grids.")
+    group.add_argument("--logging_steps", type=int, default=50, help="Generator updates between lines of the log.")
+    group.add_argument("--report_to", type=str, default="tensorboard", choices=("tensorboard", "wandb", "none"))
+    group.add_argument("--tracker_project_name", type=str, default="adversarial-flow")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the result when training ends.")
+    group.add_argument("--hub_model_id", type=str, help="Repository name; default: the name of --output_dir.")
+    group.add_argument("--hub_token", type=str, help="Default: the token of `hf auth login`.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Create a private repository.")
+
+
+def parse_with_recipe(parser: argparse.ArgumentParser, default_recipe: Path | None, argv: list[str] | None = None):
+    """
+    Parses flags on top of the values of `--recipe`, or of `default_recipe` when no data is named either.
+
+    Paths to configs in a recipe are relative to the recipe.
+
+    Raises:
+        InputError: if the recipe can't be read, has an unknown flag or a value of the wrong type.
+    """
+    first, _ = parser.parse_known_args(argv)
+    recipe = Path(first.recipe) if first.recipe else None
+    if recipe is None and first.train_data_dir is None and first.dataset_name is None:
+        recipe = default_recipe
+    if recipe is not None:
+        try:
+            values = json.loads(recipe.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"--recipe {recipe}: can't be read as JSON ({error}).") from error
+        actions = {action.dest: action for action in parser._actions}
+        for name, value in values.items():
+            if name not in actions:
+                raise InputError(f"--recipe {recipe}: there is no flag --{name}.")
+            if name.endswith("config_name_or_path") and (recipe.parent / value).exists():
+                values[name] = str(recipe.parent / value)
+            elif isinstance(value, str) or (actions[name].type is not None and not isinstance(value, bool)):
+                values[name] = parser._get_value(actions[name], str(value))  # checked as if typed
+        parser.set_defaults(**values)
+    args = parser.parse_args(argv)
+    args.recipe = str(recipe) if recipe is not None else None
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """
+    Raises an `InputError` for values of the shared flags that can't work, and derives what depends on others.
+    """
+    positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
+    positive += ("validation_steps", "logging_steps", "max_skipped_updates")
+    for name in positive:
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    if args.resolution is not None and args.resolution < 1:
+        raise InputError(f"--resolution must be at least 1, not {args.resolution}.")
+    if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
+        raise InputError("--checkpoints_total_limit must be at least 1; leave it out to keep all checkpoints.")
+    if not 0 <= args.ema_decay < 1:
+        raise InputError(f"--ema_decay must be in [0, 1), not {args.ema_decay}.")
+    on_digits = args.train_data_dir is None and args.dataset_name is None
+    if args.output_dir is None:
+        args.output_dir = "afm-digits" if on_digits else "afm-model"
+    if not on_digits and args.resolution is None:
+        args.resolution = 64
+
+
+def prepare_output_dir(args: argparse.Namespace) -> None:
+    """
+    Checks that `--output_dir` can be written and holds no other run.
+
+    Raises:
+        InputError: without `--overwrite_output_dir` or `--resume_from_checkpoint` if the folder has content, and if it
+            can't be written.
+    """
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: this is a file, name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
+        raise InputError(
+            f"--output_dir {folder} holds another run or other files. Continue it with --resume_from_checkpoint latest, "
+            "remove it with --overwrite_output_dir, or choose another folder."
+        )
+    if args.dry_run:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: can't be written ({error.strerror}). Choose another.") from error
+
+
+def read_config(name_or_path: str | None, flag: str) -> dict:
+    """
+    The entries of a network's config: a JSON file, or a folder or Hub id with a `config.json`; empty for `None`.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if name_or_path is None:
+        return {}
+    path = Path(name_or_path)
+    try:
+        if path.is_dir():
+            path = path / "config.json"
+        elif not path.exists():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(name_or_path, "config.json"))
+        values = json.loads(path.read_text())
+    except Exception as error:  # the Hub's client has many kinds of errors, all mean that there is no config
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{flag} {name_or_path}: no config could be read there ({reason}).") from error
+    return {key: value for key, value in values.items() if not key.startswith("_")}

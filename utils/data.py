@@ -1,0 +1,276 @@
+# Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
+"""Images and labels: the embedded digits, a folder of images, or any data set that `datasets` reads.
+
+A sample is `{"image": float tensor (C, H, W) in [-1, 1], "label": int, "broken": str}`.
+"""
+
+import io
+import logging
+import os
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import functional as TF
+
+from adversarial_flow.utils.errors import InputError
+
+
+logger = logging.getLogger(__name__)
+
+CHECKED_IMAGES = 1000  # how many images, evenly spread, are looked at before training starts
+MAX_BROKEN_SHARE = 0.01  # more broken images than this share of the data set (and more than 10) end the run
+
+
+@dataclass
+class TrainingData:
+    """A data set with what the networks need to know of it. `id2label` is empty for unlabelled images."""
+
+    dataset: Dataset
+    id2label: dict[int, str]
+    channels: int
+    resolution: int
+
+
+def load_training_data(args) -> TrainingData:
+    """The data that the flags ask for (see [`~utils.arguments.add_data_arguments`])."""
+    if args.train_data_dir is None and args.dataset_name is None:
+        return load_digits(args.resolution)
+    if args.train_data_dir is not None and args.dataset_name is not None:
+        raise InputError("--train_data_dir and --dataset_name exclude each other: pass one of them.")
+    dataset = _load_image_dataset(args)
+    if args.image_column not in dataset.column_names:
+        raise InputError(_missing_column("--image_column", args.image_column, dataset))
+    dataset, id2label = _encode_labels(dataset, args)
+    dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    images = ImageDataset(dataset, args.image_column, args.label_column, args.resolution, args.channels)
+    images.check()
+    return TrainingData(images, id2label, args.channels, args.resolution)
+
+
+# ---------------------------------------------------------------------------------------------------------- digits
+
+
+class DigitsDataset(Dataset):
+    """The 1,797 grey 8x8 digits that scikit-learn ships: real data that needs no download."""
+
+    def __init__(self):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # (N, 1, 8, 8)
+        self.labels = torch.tensor(digits.target)  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self.images[index], "label": int(self.labels[index]), "broken": ""}
+
+
+def load_digits(resolution: int | None = None) -> TrainingData:
+    if resolution not in (None, 8):
+        raise InputError(f"--resolution {resolution}: the embedded digits are 8x8; pass --train_data_dir for others.")
+    return TrainingData(DigitsDataset(), {i: str(i) for i in range(10)}, channels=1, resolution=8)
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's preprocessing: halve with a box filter while possible, resize the short side (bicubic), crop."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.BICUBIC)
+    return TF.center_crop(image, [size, size])
+
+
+class ImageDataset(Dataset):
+    """
+    Images of a `datasets.Dataset` whose image column is not decoded (so that a broken file can be named).
+
+    A broken or too small image is replaced by the next good one; `broken` then says what was skipped.
+    """
+
+    def __init__(self, dataset, image_column: str, label_column: str | None, resolution: int, channels: int):
+        self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
+        self.resolution, self.channels = resolution, channels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        broken = []
+        for offset in range(len(self)):
+            row = self.dataset[(index + offset) % len(self)]
+            try:
+                image = self._open(row)
+                image.load()
+                if min(image.size) < self.resolution:
+                    raise OSError(f"{image.size[0]}x{image.size[1]} is smaller than {self.resolution} pixels")
+                image = center_crop(image.convert("L" if self.channels == 1 else "RGB"), self.resolution)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                broken.append(f"{self._name(row, index + offset)}: {error}")
+                continue
+            label = row[self.label_column] if self.label_column else 0
+            tensor = TF.pil_to_tensor(image).float() / 127.5 - 1  # (C, H, W)
+            return {"image": tensor, "label": int(label), "broken": "\n".join(broken)}
+        raise InputError("--train_data_dir / --dataset_name: not one image of the data set can be read.")
+
+    def _open(self, row: dict) -> Image.Image:
+        value = row[self.image_column]
+        return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
+
+    def _name(self, row: dict, index: int) -> str:
+        return row[self.image_column]["path"] or f"row {index % len(self)}"
+
+    def check(self) -> None:
+        """Looks at the headers of up to 1,000 images: refuses small ones, says once when modes are converted."""
+        converted, mode = 0, "L" if self.channels == 1 else "RGB"
+        indices = np.unique(np.linspace(0, len(self) - 1, CHECKED_IMAGES).astype(int))
+        readable = 0
+        for index in indices:
+            row = self.dataset[int(index)]
+            try:
+                image = self._open(row)
+            except (OSError, SyntaxError, ValueError):
+                continue  # counted and logged when its turn comes in training
+            readable += 1
+            if min(image.size) < self.resolution:
+                raise InputError(
+                    f"--resolution {self.resolution}: {self._name(row, int(index))} is only {image.width}x{image.height} "
+                    "pixels. Lower --resolution or remove the small images."
+                )
+            converted += image.mode != mode
+        if readable == 0:
+            raise InputError("--train_data_dir / --dataset_name: none of the images that were tried can be read.")
+        if converted:
+            wanted = "grey" if self.channels == 1 else "RGB"
+            logger.warning(f"{converted} of {readable} images looked at are not {wanted}: they are converted.")
+
+
+def _load_image_dataset(args) -> datasets.Dataset:
+    if args.train_data_dir is not None:
+        if not os.path.isdir(args.train_data_dir):
+            raise InputError(f"--train_data_dir {args.train_data_dir}: there is no such folder.")
+        source, kwargs = "imagefolder", {"data_dir": args.train_data_dir}
+    else:
+        source, kwargs = args.dataset_name, {"name": args.dataset_config_name}
+    flag = "--train_data_dir" if args.train_data_dir is not None else "--dataset_name"
+    value = args.train_data_dir or args.dataset_name
+    try:
+        if args.dataset_name is not None and os.path.isfile(os.path.join(source, "dataset_info.json")):
+            return datasets.load_from_disk(source)
+        dataset = datasets.load_dataset(source, split=args.dataset_split, cache_dir=args.cache_dir, **kwargs)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{flag} {value}: no images could be loaded ({reason}).") from error
+    if len(dataset) == 0:
+        raise InputError(f"{flag} {value}: the data set is empty.")
+    return dataset
+
+
+def _missing_column(flag: str, name: str, dataset: datasets.Dataset) -> str:
+    return f"{flag} {name}: there is no such column. The columns are: {', '.join(dataset.column_names)}."
+
+
+def _encode_labels(dataset: datasets.Dataset, args) -> tuple[datasets.Dataset, dict[int, str]]:
+    """Labels as integers from 0, and their names. Sets `args.label_column` to the column in use, or to `None`."""
+    if args.label_column is None:  # "label" is used when it exists
+        args.label_column = "label" if "label" in dataset.column_names else None
+    elif args.label_column not in dataset.column_names:
+        raise InputError(_missing_column("--label_column", args.label_column, dataset))
+    if args.label_column is None:
+        return dataset, {}
+    feature = dataset.features[args.label_column]
+    if not isinstance(feature, datasets.ClassLabel):
+        values = dataset.unique(args.label_column)
+        if all(isinstance(value, int) for value in values):
+            if min(values) < 0:
+                raise InputError(f"--label_column {args.label_column}: the label {min(values)} is negative.")
+            return dataset, {i: str(i) for i in range(max(values) + 1)}
+        if any(value is None for value in values):
+            raise InputError(f"--label_column {args.label_column}: some images have no label.")
+        dataset = dataset.class_encode_column(args.label_column)
+        feature = dataset.features[args.label_column]
+    labels = dataset.unique(args.label_column)
+    if min(labels) < 0:
+        raise InputError(f"--label_column {args.label_column}: some images have no label (-1); filter them out.")
+    return dataset, dict(enumerate(feature.names))
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+class UpdateBatchSampler(Sampler[list[int]]):
+    """
+    Endless batches of indices, a pure function of (seed, update, micro-step, rank).
+
+    All updates, of either network, take their samples one after another from one endless shuffled stream: update u
+    takes the positions u * global_batch to (u + 1) * global_batch - 1, where global_batch = accumulation * processes *
+    batch_size; epoch e of the stream is a permutation that depends on (seed, e). Each update therefore sees fresh
+    samples, and how a global batch is divided among micro-steps and processes does not change its content.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, accumulation: int, seed: int, rank: int, world_size: int, first_update: int
+    ):
+        self.length, self.batch_size, self.accumulation, self.seed = length, batch_size, accumulation, seed
+        self.rank, self.world_size, self.update = rank, world_size, first_update
+        self._epoch, self._order = -1, None
+
+    @property
+    def global_batch(self) -> int:
+        return self.accumulation * self.world_size * self.batch_size
+
+    def positions(self, micro_step: int) -> list[int]:
+        """The positions in the global batch that this rank's micro-batch covers."""
+        start = (micro_step * self.world_size + self.rank) * self.batch_size
+        return list(range(start, start + self.batch_size))
+
+    def index(self, position: int) -> int:
+        """The index of the data set at a position of the endless stream."""
+        epoch, offset = divmod(position, self.length)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        return int(self._order[offset])
+
+    def __iter__(self):
+        while True:
+            for micro_step in range(self.accumulation):
+                start = self.update * self.global_batch
+                yield [self.index(start + position) for position in self.positions(micro_step)]
+            self.update += 1
+
+
+def make_dataloader(dataset: Dataset, sampler: UpdateBatchSampler, num_workers: int) -> DataLoader:
+    """The sampler shards the data: this loader must not be given to `accelerator.prepare`."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
+
+
+class BrokenSampleCounter:
+    """Logs and counts the skipped images, and ends the run when they are more than 1% of the data set (and 10)."""
+
+    def __init__(self, length: int):
+        self.limit, self.count = max(10, int(MAX_BROKEN_SHARE * length)), 0
+        self._seen = set()
+
+    def add(self, broken: list[str]) -> None:
+        for line in (line for text in broken if text for line in text.split("\n")):
+            if line in self._seen:
+                continue
+            self._seen.add(line)
+            self.count += 1
+            logger.warning(f"Skipped a broken image ({self.count} so far): {line}")
+        if self.count > self.limit:
+            raise InputError(f"{self.count} broken images, more than {self.limit}: clean the data set (see the log).")

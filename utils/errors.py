@@ -1,0 +1,20 @@
+# Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
+"""What a user can mend: the scripts print these errors as one line and exit with code 1, without a traceback."""
+
+import os
+import sys
+from typing import Callable
+
+
+class InputError(ValueError):
+    """Input that can't be used. The message names the flag or the file, and the remedy."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main` and turns an [`InputError`] into one line on stderr and exit code 1."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,93 @@
+# Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
+"""The model card and the upload to the Hub."""
+
+import json
+import logging
+from pathlib import Path
+
+from huggingface_hub import create_repo, upload_folder
+
+
+logger = logging.getLogger(__name__)
+
+UPLOADED = [
+    "README.md",
+    "model_index.json",
+    "results.json",
+    "metrics.jsonl",
+    "*.png",
+    "transformer/*",
+    "discriminator/*",
+    "scheduler/*",
+    "vae/*",
+]
+
+
+def write_model_card(output_dir: str, command: str, args: dict, results: dict, usage: str, title: str) -> None:
+    """Writes `README.md`: what the model is, how to use it, its samples, its curves, and the recipe that made it."""
+    metrics = "\n".join(
+        f"| {name} | {value:.4g} |" for name, value in results.get("metrics", {}).items() if value is not None
+    )
+    pictures = "\n\n".join(
+        f"![{name}]({name}.png)" for name in ("samples", "curves") if (Path(output_dir) / f"{name}.png").exists()
+    )
+    changed = {name: value for name, value in args.items() if value is not None and not name.startswith("hub_")}
+    card = f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- adversarial-flow-models
+- one-step
+- diffusers-training
+---
+
+# {title}
+
+An adversarial flow model ([arXiv 2511.22475](https://arxiv.org/abs/2511.22475)), trained with
+`train_afm.py` of the `adversarial_flow` package for {results["steps"]} generator updates.
+
+```python
+{usage}
+```
+
+{pictures}
+
+| metric | value |
+| --- | --- |
+{metrics}
+
+{results.get("note", "")}
+
+## Recipe
+
+```bash
+{command}
+```
+
+```json
+{json.dumps(changed, indent=2, default=str)}
+```
+"""
+    (Path(output_dir) / "README.md").write_text(card)
+
+
+def push_to_hub(output_dir: str, repo_id: str | None, token: str | None, private: bool) -> str | None:
+    """
+    Uploads the final folder without its checkpoints and logs; the address, or `None` if the upload failed. A failure
+    is logged with the command that uploads later; it never costs what was trained.
+    """
+    repo_id = repo_id or Path(output_dir).resolve().name
+    try:
+        repo_id = create_repo(repo_id, exist_ok=True, token=token, private=private).repo_id
+        commit = upload_folder(
+            repo_id=repo_id, folder_path=output_dir, token=token, allow_patterns=UPLOADED, commit_message="End of training"
+        )
+    except Exception as error:  # network, permission or server trouble: the weights are on the disk
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        logger.error(
+            f"The upload failed ({reason}). Everything is in {output_dir}; upload it later with: "
+            f"hf upload {repo_id} {output_dir} . --exclude 'checkpoint-*' --exclude 'logs/*'"
+        )
+        return None
+    logger.info(f"Uploaded to {commit.repo_url if hasattr(commit, 'repo_url') else repo_id}.")
+    return repo_id

@@ -1,0 +1,51 @@
+# Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
+"""The losses of adversarial flow models (arXiv 2511.22475), one equation each, without their lambdas.
+
+Logits have shape `(batch,)`, samples `(batch, ...)`, weights `(batch,)`; every loss is a float32 scalar (float64 for
+float64 inputs).
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def _full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """Losses of half precision logits or samples are computed in float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def relativistic_loss(logits: torch.Tensor, other_logits: torch.Tensor) -> torch.Tensor:
+    """mean softplus(-(a - b)): small when `logits` a exceed `other_logits` b, pair by pair."""
+    return F.softplus(_full_precision(other_logits) - _full_precision(logits)).mean()
+
+
+def discriminator_adversarial_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """L_adv^D = E f(D(x_t) - D(G(x_s))) with f(d) = softplus(-d)."""
+    return relativistic_loss(logits_real, logits_fake)
+
+
+def generator_adversarial_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """L_adv^G = E f(D(G(x_s)) - D(x_t)) with f(d) = softplus(-d); x_t has a noise of its own."""
+    return relativistic_loss(logits_fake, logits_real)
+
+
+def gradient_penalty(
+    logits: torch.Tensor, perturbed_logits: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    """
+    R1 (on real samples) and R2 (on generated ones) by finite differences:
+    E w(s, t) (D(x + epsilon n) - D(x))^2 / epsilon^2 with n ~ N(0, I), which tends to E w ||grad D||^2.
+    """
+    difference = (_full_precision(perturbed_logits) - _full_precision(logits)) / epsilon
+    return (weight * difference.square()).mean()
+
+
+def centering_penalty(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """L_cp = E (D(x_t) + D(G(x_s)))^2: relativistic losses leave the logits' mean free, this keeps it at 0."""
+    return (_full_precision(logits_real) + _full_precision(logits_fake)).square().mean()
+
+
+def optimal_transport_loss(output: torch.Tensor, source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """L_ot = E (1/n) ||G(x_s) - x_s||^2 / w(s, t), where n is the number of elements of a sample."""
+    squared_distance = (_full_precision(output) - _full_precision(source)).square().reshape(len(source), -1)
+    return (squared_distance.mean(1) / weight).mean()

@@ -7,27 +7,18 @@ Without flags it trains a one-step generator on the digits that scikit-learn shi
 
 import argparse
 import contextlib
-import json
 import math
-import shlex
-import sys
 from pathlib import Path
 
-import accelerate
-import diffusers
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler
+from diffusers import FlowMapEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from adversarial_flow import (
-    AdversarialFlowDiscriminator,
-    AdversarialFlowPipeline,
-    AdversarialFlowTransformer2DModel,
-)
+from adversarial_flow import AdversarialFlowPipeline, AdversarialFlowTransformer2DModel
 from adversarial_flow.utils.afm import FlowBatches, adversarial_gradient, discriminator_loss, generate
 from adversarial_flow.utils.arguments import (
     add_data_arguments,
@@ -35,7 +26,6 @@ from adversarial_flow.utils.arguments import (
     check_arguments,
     parse_with_recipe,
     prepare_output_dir,
-    read_config,
 )
 from adversarial_flow.utils.augmentation import augment
 from adversarial_flow.utils.checkpointing import (
@@ -47,11 +37,13 @@ from adversarial_flow.utils.checkpointing import (
 )
 from adversarial_flow.utils.data import TrainingData, UpdateBatchSampler, load_training_data, make_dataloader
 from adversarial_flow.utils.errors import InputError, run_script
-from adversarial_flow.utils.evaluation import SampleEvaluator, sample_images
+from adversarial_flow.utils.evaluation import SampleEvaluator
 from adversarial_flow.utils.gradient_normalization import GradientNormalization, gradient_square
-from adversarial_flow.utils.hub import push_to_hub, write_model_card
+from adversarial_flow.utils.hub import push_to_hub, upload_command
+from adversarial_flow.utils.latents import load_vae
 from adversarial_flow.utils.losses import optimal_transport_loss
-from adversarial_flow.utils.plots import image_grid, plot_curves
+from adversarial_flow.utils.networks import make_networks, network_configs
+from adversarial_flow.utils.results import save_final, validate, write_results
 from adversarial_flow.utils.schedules import scheduled_value
 from adversarial_flow.utils.training import (
     InterruptGuard,
@@ -61,14 +53,12 @@ from adversarial_flow.utils.training import (
     make_accelerator,
     mean_over_ranks,
     memory_plan,
-    read_metrics,
 )
 
 
 logger = get_logger(__name__)
 
 DIGITS_RECIPE = Path(__file__).parent / "configs" / "recipes" / "afm_digits.json"
-DEFAULT_MODEL_CONFIG = Path(__file__).parent / "configs" / "models" / "s_2.json"
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -139,59 +129,6 @@ def objective_weights(args: argparse.Namespace, step: int) -> dict[str, float]:
     return weights
 
 
-# --------------------------------------------------------------------------------------------------------- networks
-
-
-def network_configs(args, data: TrainingData, vae: AutoencoderKL | None) -> tuple[dict, dict]:
-    """The configs of the generator and of the discriminator: sizes from files, the rest from flags and data."""
-    path = args.model_config_name_or_path or str(DEFAULT_MODEL_CONFIG)
-    transformer = read_config(path, "--model_config_name_or_path")
-    discriminator = dict(transformer)
-    if args.discriminator_config_name_or_path is not None:
-        discriminator = read_config(args.discriminator_config_name_or_path, "--discriminator_config_name_or_path")
-    shared = {"sample_size": data.resolution, "in_channels": data.channels, "num_classes": len(data.id2label) or None}
-    if vae is not None:
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        if vae.config.in_channels != data.channels:
-            raise InputError(f"--vae {args.vae} takes {vae.config.in_channels} channels, the images have {data.channels}.")
-        if data.resolution % factor != 0:
-            raise InputError(f"--resolution {data.resolution} is not divisible by the VAE's factor {factor}.")
-        shared.update(sample_size=data.resolution // factor, in_channels=vae.config.latent_channels)
-    limit = transformer.get("num_classes")
-    if limit is not None:
-        if (shared["num_classes"] or 0) > limit:
-            raise InputError(
-                f"the data has {shared['num_classes']} classes and --model_config_name_or_path {path} says {limit}: raise "
-                "or remove its num_classes, or choose other data."
-            )
-        shared["num_classes"] = limit
-    time_conditioning = {1: "none", None: "source_target"}.get(args.num_steps, "source")
-    transformer.update(
-        shared, time_conditioning=time_conditioning, prediction_type=args.prediction_type, repeats=args.repeats
-    )
-    discriminator.update(shared, time_conditioning="none" if args.num_steps == 1 else "source")
-    for key in ("prediction_type", "repeats"):
-        discriminator.pop(key, None)
-    return transformer, discriminator
-
-
-def make_networks(configs: tuple[dict, dict]) -> tuple[AdversarialFlowTransformer2DModel, AdversarialFlowDiscriminator]:
-    try:
-        return AdversarialFlowTransformer2DModel(**configs[0]), AdversarialFlowDiscriminator(**configs[1])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the networks' config does not work (--model_config_name_or_path): {error}") from error
-
-
-def load_vae(args) -> AutoencoderKL | None:
-    if args.vae is None:
-        return None
-    try:
-        subfolder = "vae" if (Path(args.vae) / "vae").is_dir() else None
-        return AutoencoderKL.from_pretrained(args.vae, subfolder=subfolder).requires_grad_(False).eval()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--vae {args.vae}: no AutoencoderKL could be loaded ({str(error).splitlines()[0]}).") from error
-
-
 # ---------------------------------------------------------------------------------------------------------- updates
 
 
@@ -230,8 +167,8 @@ def generator_update(
     """
     One update of G on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics and whether it was made.
 
-    The adversarial gradient at G's output comes first, for all micro-batches, because its normalisation needs them all;
-    then it enters G's backward together with the optimal-transport loss.
+    The adversarial gradient at G's output comes first, for all micro-batches, because its normalisation needs them
+    all; then it enters G's backward together with the optimal-transport loss.
     """
     accumulation, probability = args.gradient_accumulation_steps, weights["augmentation_probability"]
     micro_batches = [next(batches) for _ in range(accumulation)]
@@ -297,59 +234,23 @@ def make_pipeline(transformer, vae, data: TrainingData, args) -> AdversarialFlow
     return pipeline
 
 
-def grid_labels(num_classes: int | None) -> tuple[list[int] | None, int, int]:
-    """Labels, number of images and columns of the sample grid: up to 10 classes in rows, 10 seeds in columns."""
-    if num_classes is None:
-        return None, 64, 8
-    rows = [i * num_classes // min(num_classes, 10) for i in range(min(num_classes, 10))]
-    return [label for label in rows for _ in range(10)], 10 * len(rows), 10
-
-
-def save_final(output_dir: str, pipeline: AdversarialFlowPipeline, discriminator: torch.nn.Module) -> None:
-    """The pipeline with the averaged weights, and the discriminator for who wants to train on."""
-    try:
-        pipeline.save_pretrained(output_dir)
-        discriminator.save_pretrained(str(Path(output_dir) / "discriminator"))
-    except Exception as error:  # a full disk surfaces as OSError, RuntimeError or SafetensorError
-        raise InputError(
-            f"--output_dir {output_dir}: the final weights could not be written ({error}). Make room on the disk and run "
-            "again with --resume_from_checkpoint latest."
-        ) from error
-
-
-def write_results(args, data, pipeline, evaluator, steps: int, guard: NonFiniteGuard) -> dict:
-    """Samples, curves, `results.json` and the model card. A failure here is reported and costs nothing."""
-    folder = Path(args.output_dir)
-    labels, count, columns = grid_labels(pipeline.transformer.config.num_classes)
-    grid = image_grid(sample_images(pipeline, labels, count, seed=args.seed), columns)
-    grid.save(folder / "samples.png")
-    results = {
-        "steps": steps,
-        "num_inference_steps": args.num_steps or "any",
-        "weights": f"EMA {args.ema_decay}",
-        "skipped_updates": guard.total,
-        "versions": {m.__name__: m.__version__ for m in (torch, accelerate, diffusers)},
-    }
-    if evaluator is not None:
-        results.update(evaluator.final(pipeline))
-    (folder / "results.json").write_text(json.dumps(results, indent=2))
-    plot_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png", evaluator and evaluator.references)
-    argument = "batch_size=4" if labels is None else f"class_labels=[{', '.join(map(str, sorted(set(labels))[:4]))}]"
-    usage = (
-        "from adversarial_flow import AdversarialFlowPipeline\n\n"
-        f'pipe = AdversarialFlowPipeline.from_pretrained("{args.hub_model_id or folder.name}")\n'
-        f"images = pipe({argument}).images"
+def print_next(args: argparse.Namespace, data: TrainingData) -> None:
+    label = "class_labels=7" if data.id2label else ""
+    print(
+        f"\nDone: {args.output_dir}/ holds the pipeline, samples.png, curves.png and results.json.\n"
+        "What to run next:\n"
+        f'  python -c "from adversarial_flow import AdversarialFlowPipeline as P; '
+        f"P.from_pretrained('{args.output_dir}')({label}).images[0].save('sample.png')\"\n"
+        "  accelerate launch train_afm.py --train_data_dir YOUR_IMAGES --resolution 64    # your own images\n"
+        f"  {upload_command('YOUR_NAME/' + Path(args.output_dir).name, args.output_dir)}"
     )
-    command = "accelerate launch train_afm.py " + shlex.join(sys.argv[1:])
-    write_model_card(args.output_dir, command, vars(args), results, usage, folder.resolve().name)
-    return results
 
 
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     prepare_output_dir(args)
     accelerator = make_accelerator(args)
     set_seed(args.seed)  # the same weights on all ranks; noise does not come from here
@@ -363,7 +264,8 @@ def main() -> None:
     if global_batch > len(data.dataset):
         raise InputError(
             f"a batch of {global_batch} (--train_batch_size {args.train_batch_size} x {accumulation} micro-steps x "
-            f"{world_size} processes) is larger than the data set ({len(data.dataset)} images): lower --train_batch_size."
+            f"{world_size} processes) is larger than the data set ({len(data.dataset)} images): lower "
+            "--train_batch_size."
         )
 
     # Networks
@@ -471,6 +373,8 @@ def main() -> None:
     log = MetricsLog(accelerator, args.output_dir, first_step)
     log.start_trackers(args.tracker_project_name, vars(args))
 
+    pipeline = make_pipeline(plain_transformer, vae, data, args)
+
     # Training: `ttur` updates of D, then one of G, each on fresh batches
     interrupt = InterruptGuard(accelerator)
     progress = tqdm(
@@ -490,7 +394,16 @@ def main() -> None:
             scheduler_d.step()
             log.add(metrics, images=global_batch)
         metrics, updated = generator_update(
-            accelerator, transformer, discriminator, optimizer_g, batches, normalization, args, weights, nonfinite, step
+            accelerator,
+            transformer,
+            discriminator,
+            optimizer_g,
+            batches,
+            normalization,
+            args,
+            weights,
+            nonfinite,
+            step,
         )
         scheduler_g.step()
         if updated:
@@ -506,20 +419,18 @@ def main() -> None:
             shown = {"D": row["discriminator_loss"], "G": row["generator_loss"], "OT": row["optimal_transport_loss"]}
             progress.set_postfix({**shown, "samples/s": row["samples_per_second"]})
         if step % args.validation_steps == 0 and step < args.max_train_steps:
-            validate(accelerator, plain_transformer, ema, vae, data, args, evaluator, log, step)
+            validate(accelerator, pipeline, ema, evaluator, log, step, args.seed)
         if step % args.checkpointing_steps == 0:
             save_checkpoint(accelerator, args.output_dir, step, run_state, args.checkpoints_total_limit)
             saved_step = step
     progress.close()
 
     # The end, also of an interrupted run: a checkpoint, then the pipeline with the averaged weights
-    if interrupt.signal is not None or step < args.max_train_steps:
-        if saved_step != step:
-            save_checkpoint(accelerator, args.output_dir, step, run_state, args.checkpoints_total_limit)
+    if saved_step != step:
+        save_checkpoint(accelerator, args.output_dir, step, run_state, args.checkpoints_total_limit)
     ema.copy_to(plain_transformer.parameters())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        pipeline = make_pipeline(plain_transformer, vae, data, args)
         save_final(args.output_dir, pipeline, accelerator.unwrap_model(discriminator))
     if step < args.max_train_steps:
         accelerator.end_training()
@@ -529,46 +440,12 @@ def main() -> None:
             "with --resume_from_checkpoint latest to go on.",
         )
     if accelerator.is_main_process:
-        try:
-            results = write_results(args, data, pipeline, evaluator, step, nonfinite)
-            log.write(step, results.get("metrics", {}))
-        except Exception as error:  # the weights are saved; a picture or a metric must not end the run in an error
-            logger.error(f"The weights are saved, but samples or metrics failed: {error!r}")
+        write_results(args, pipeline, evaluator, log, step, nonfinite.total)
         if args.push_to_hub:
             push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
         print_next(args, data)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def validate(accelerator, transformer, ema, vae, data, args, evaluator, log, step) -> None:
-    """A grid of samples of the averaged weights for the trackers, and their metrics where there is an evaluator."""
-    if accelerator.is_main_process:
-        ema.store(transformer.parameters())
-        ema.copy_to(transformer.parameters())
-        try:
-            pipeline = make_pipeline(transformer, vae, data, args)
-            labels, count, columns = grid_labels(transformer.config.num_classes)
-            log.images(step, "samples", [image_grid(sample_images(pipeline, labels, count, seed=args.seed), columns)])
-            if evaluator is not None:
-                log.write(step, evaluator.quick(pipeline))
-        except Exception as error:  # an evaluation never costs a run
-            logger.error(f"The validation at step {step} failed: {error!r}")
-        finally:
-            ema.restore(transformer.parameters())
-    accelerator.wait_for_everyone()
-
-
-def print_next(args: argparse.Namespace, data: TrainingData) -> None:
-    label = "class_labels=7" if data.id2label else ""
-    print(
-        f"\nDone: {args.output_dir}/ holds the pipeline, samples.png, curves.png and results.json.\n"
-        "What to run next:\n"
-        f"  python -c \"from adversarial_flow import AdversarialFlowPipeline as P; "
-        f"P.from_pretrained('{args.output_dir}')({label}).images[0].save('sample.png')\"\n"
-        "  accelerate launch train_afm.py --train_data_dir YOUR_IMAGES --resolution 64    # your own images\n"
-        f"  hf upload YOUR_NAME/{Path(args.output_dir).name} {args.output_dir} . --exclude 'checkpoint-*' --exclude 'logs/*'"
-    )
 
 
 if __name__ == "__main__":

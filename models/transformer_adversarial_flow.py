@@ -108,8 +108,8 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
         config = self.config
         if config.sample_size % config.patch_size != 0:
             raise ValueError(
-                f"`sample_size` ({config.sample_size}) is not divisible by `patch_size` ({config.patch_size}): choose a "
-                "patch size that divides it."
+                f"`sample_size` ({config.sample_size}) is not divisible by `patch_size` ({config.patch_size}): "
+                "choose a patch size that divides it."
             )
         if config.norm_type not in ("layer_norm", "rms_norm"):
             raise ValueError(f"`norm_type` must be 'layer_norm' or 'rms_norm', not {config.norm_type!r}.")
@@ -241,7 +241,9 @@ class AdversarialFlowTransformer2DModel(AdversarialFlowBackbone):
         if prediction_type not in ("sample", "velocity"):
             raise ValueError(f"`prediction_type` must be 'sample' or 'velocity', not {prediction_type!r}.")
         if repeats < 1 or (repeats > 1 and time_conditioning != "none"):
-            raise ValueError("`repeats` must be at least 1, and more than 1 needs time_conditioning='none' (one step).")
+            raise ValueError(
+                "`repeats` must be at least 1, and more than 1 needs time_conditioning='none' (one step)."
+            )
         time_embeddings = {"none": (), "source": ("time_embed",), "source_target": ("time_embed", "r_time_embed")}
         time_embeddings = time_embeddings[time_conditioning] if repeats == 1 else ("time_embed",)
         self._build(time_embeddings)

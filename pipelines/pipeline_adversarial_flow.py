@@ -4,7 +4,8 @@
 This file imports nothing but torch and diffusers, so that it can be uploaded next to the weights as it is.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor

@@ -1,5 +1,5 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
-"""One update's worth of the adversarial flow objective: its batch, the discriminator's loss, the generator's gradient."""
+"""One update of the adversarial flow objective: its batch, the discriminator's loss, the generator's gradient."""
 
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from adversarial_flow.utils.augmentation import NUM_AUGMENTATION_UNIFORMS, augment
 from adversarial_flow.utils.data import BrokenSampleCounter, UpdateBatchSampler
 from adversarial_flow.utils.flow import interpolate, step_times, step_weight, transport
+from adversarial_flow.utils.latents import encode_latents
 from adversarial_flow.utils.losses import (
     centering_penalty,
     discriminator_adversarial_loss,
@@ -33,14 +34,6 @@ class FlowBatch:
     penalised: torch.Tensor  # (P,), indices of the samples that R1 and R2 look at
     penalty_share: float  # P / (ratio * B): 1 on average, so that micro-batches of any size add up
     augmentation: torch.Tensor  # (B, NUM_AUGMENTATION_UNIFORMS)
-
-
-@torch.no_grad()
-def encode_latents(vae: AutoencoderKL, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Samples the posterior of `images` in [-1, 1] with the given `noise`, and scales it as the VAE's config says."""
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
-    latents = posterior.mean.float() + posterior.std.float() * noise
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
 class FlowBatches:

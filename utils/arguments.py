@@ -40,14 +40,19 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_train_steps", type=int, default=100_000, help="Number of generator updates.")
     group.add_argument("--learning_rate", type=float, default=1e-4)
     group.add_argument(
-        "--lr_scheduler", type=str, default="constant", choices=[s.value for s in SchedulerType if s != "piecewise_constant"]
+        "--lr_scheduler",
+        type=str,
+        default="constant",
+        choices=[s.value for s in SchedulerType if s != "piecewise_constant"],
     )
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="In updates of the network concerned.")
     group.add_argument("--adam_beta1", type=float, default=0.0)
     group.add_argument("--adam_beta2", type=float, default=0.9)
     group.add_argument("--adam_weight_decay", type=float, default=0.01)
     group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument("--max_grad_norm", type=float, help="Clip gradients to this norm (5.0 in the paper's deep runs).")
+    group.add_argument(
+        "--max_grad_norm", type=float, help="Clip gradients to this norm (5.0 in the paper's deep runs)."
+    )
     group.add_argument("--ema_decay", type=float, default=0.9999, help="Of the generator's average, per update.")
     group.add_argument("--mixed_precision", type=str, choices=("no", "fp16", "bf16"), help="Default: accelerate's.")
     group.add_argument("--allow_tf32", action="store_true", help="Use TF32 on GPUs, as the published runs did.")
@@ -93,7 +98,7 @@ def parse_with_recipe(parser: argparse.ArgumentParser, default_recipe: Path | No
             if name not in actions:
                 raise InputError(f"--recipe {recipe}: there is no flag --{name}.")
             if name.endswith("config_name_or_path") and (recipe.parent / value).exists():
-                values[name] = str(recipe.parent / value)
+                values[name] = os.path.normpath(recipe.parent / value)
             elif isinstance(value, str) or (actions[name].type is not None and not isinstance(value, bool)):
                 values[name] = parser._get_value(actions[name], str(value))  # checked as if typed
         parser.set_defaults(**values)
@@ -137,8 +142,8 @@ def prepare_output_dir(args: argparse.Namespace) -> None:
         raise InputError(f"--output_dir {folder}: this is a file, name a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
         raise InputError(
-            f"--output_dir {folder} holds another run or other files. Continue it with --resume_from_checkpoint latest, "
-            "remove it with --overwrite_output_dir, or choose another folder."
+            f"--output_dir {folder} holds another run or other files. Continue it with --resume_from_checkpoint "
+            "latest, remove it with --overwrite_output_dir, or choose another folder."
         )
     if args.dry_run:
         return
@@ -149,27 +154,3 @@ def prepare_output_dir(args: argparse.Namespace) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"--output_dir {folder}: can't be written ({error.strerror}). Choose another.") from error
-
-
-def read_config(name_or_path: str | None, flag: str) -> dict:
-    """
-    The entries of a network's config: a JSON file, or a folder or Hub id with a `config.json`; empty for `None`.
-
-    Raises:
-        InputError: if there is none.
-    """
-    if name_or_path is None:
-        return {}
-    path = Path(name_or_path)
-    try:
-        if path.is_dir():
-            path = path / "config.json"
-        elif not path.exists():
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(name_or_path, "config.json"))
-        values = json.loads(path.read_text())
-    except Exception as error:  # the Hub's client has many kinds of errors, all mean that there is no config
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{flag} {name_or_path}: no config could be read there ({reason}).") from error
-    return {key: value for key, value in values.items() if not key.startswith("_")}

@@ -1,9 +1,9 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints that are whole or not there: written to a temporary folder, then renamed.
 
-`checkpoint-N/` holds what `accelerator.save_state` writes (optimisers, learning-rate schedules, registered objects, the
-RNG of every rank), each network in diffusers' format in a folder of its own, and `trainer_state.json` with the number
-of updates, the networks' configs and the size of every file, by which a truncated checkpoint is recognised.
+`checkpoint-N/` holds what `accelerator.save_state` writes (optimisers, learning-rate schedules, registered objects,
+the RNG of every rank), each network in diffusers' format in a folder of its own, and `trainer_state.json` with the
+number of updates, the networks' configs and the size of every file, by which a truncated checkpoint is recognised.
 """
 
 import json
@@ -121,8 +121,8 @@ def _rotate(output_dir: str | Path, keep: int | None) -> None:
 
 def clear_run(output_dir: str | Path, keep_checkpoints: bool) -> None:
     """
-    Removes what an earlier run left in `output_dir`: half-written checkpoints always, and unless `keep_checkpoints` its
-    checkpoints, weights, pictures and logs. Files that no run writes stay.
+    Removes what an earlier run left in `output_dir`: half-written checkpoints always, and unless `keep_checkpoints`
+    its checkpoints, weights, pictures and logs. Files that no run writes stay.
     """
     folder = Path(output_dir)
     leftovers = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
@@ -186,7 +186,7 @@ def find_checkpoint(resume_from: str, output_dir: str, expected_architecture: di
         if different:
             changes = ", ".join(f"{key} {saved.get(key)} -> {expected.get(key)}" for key in different[:5])
             raise InputError(
-                f"--resume_from_checkpoint {folder}: its {network} has another architecture ({changes}). Pass the flags "
-                "of that run, or another --output_dir."
+                f"--resume_from_checkpoint {folder}: its {network} has another architecture ({changes}). Pass the "
+                "flags of that run, or another --output_dir."
             )
     return folder, state

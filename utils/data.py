@@ -142,8 +142,8 @@ class ImageDataset(Dataset):
             readable += 1
             if min(image.size) < self.resolution:
                 raise InputError(
-                    f"--resolution {self.resolution}: {self._name(row, int(index))} is only {image.width}x{image.height} "
-                    "pixels. Lower --resolution or remove the small images."
+                    f"--resolution {self.resolution}: {self._name(row, int(index))} is only {image.width}x"
+                    f"{image.height} pixels. Lower --resolution or remove the small images."
                 )
             converted += image.mode != mode
         if readable == 0:

@@ -3,7 +3,7 @@
 
 import os
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 
 class InputError(ValueError):

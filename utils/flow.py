@@ -5,12 +5,12 @@ import torch
 
 
 def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Appends dimensions to `values` of shape `(batch,)` until it broadcasts against `like` of shape `(batch, ...)`."""
+    """Appends dimensions to `values` of shape `(batch,)` until it broadcasts against `like`, `(batch, ...)`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def interpolate(sample: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """x_t = (1 - t) x + t z, for `sample` x and `noise` z of shape `(batch, ...)` and `timestep` of shape `(batch,)`."""
+    """x_t = (1 - t) x + t z, for `sample` x and `noise` z of shape `(batch, ...)`, `timestep` of shape `(batch,)`."""
     timestep = expand_like(timestep, sample)
     return (1 - timestep) * sample + timestep * noise
 

@@ -23,15 +23,21 @@ UPLOADED = [
 ]
 
 
-def write_model_card(output_dir: str, command: str, args: dict, results: dict, usage: str, title: str) -> None:
+def write_model_card(output_dir: str, title: str, command: str, pipeline, flags: dict, results: dict) -> None:
     """Writes `README.md`: what the model is, how to use it, its samples, its curves, and the recipe that made it."""
+    arguments = "batch_size=4" if pipeline.transformer.config.num_classes is None else "class_labels=[0, 1]"
+    usage = (
+        f"from adversarial_flow import {type(pipeline).__name__}\n\n"
+        f'pipe = {type(pipeline).__name__}.from_pretrained("{title}")\n'
+        f"images = pipe({arguments}).images"
+    )
     metrics = "\n".join(
         f"| {name} | {value:.4g} |" for name, value in results.get("metrics", {}).items() if value is not None
     )
     pictures = "\n\n".join(
         f"![{name}]({name}.png)" for name in ("samples", "curves") if (Path(output_dir) / f"{name}.png").exists()
     )
-    changed = {name: value for name, value in args.items() if value is not None and not name.startswith("hub_")}
+    recipe = {name: value for name, value in flags.items() if value is not None and not name.startswith("hub_")}
     card = f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -65,10 +71,15 @@ An adversarial flow model ([arXiv 2511.22475](https://arxiv.org/abs/2511.22475))
 ```
 
 ```json
-{json.dumps(changed, indent=2, default=str)}
+{json.dumps(recipe, indent=2, default=str)}
 ```
 """
     (Path(output_dir) / "README.md").write_text(card)
+
+
+def upload_command(repo_id: str, output_dir: str) -> str:
+    """The command that uploads a final folder by hand."""
+    return f"hf upload {repo_id} {output_dir} . --exclude 'checkpoint-*' --exclude 'logs/*'"
 
 
 def push_to_hub(output_dir: str, repo_id: str | None, token: str | None, private: bool) -> str | None:
@@ -80,13 +91,17 @@ def push_to_hub(output_dir: str, repo_id: str | None, token: str | None, private
     try:
         repo_id = create_repo(repo_id, exist_ok=True, token=token, private=private).repo_id
         commit = upload_folder(
-            repo_id=repo_id, folder_path=output_dir, token=token, allow_patterns=UPLOADED, commit_message="End of training"
+            repo_id=repo_id,
+            folder_path=output_dir,
+            token=token,
+            allow_patterns=UPLOADED,
+            commit_message="End of training",
         )
     except Exception as error:  # network, permission or server trouble: the weights are on the disk
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         logger.error(
             f"The upload failed ({reason}). Everything is in {output_dir}; upload it later with: "
-            f"hf upload {repo_id} {output_dir} . --exclude 'checkpoint-*' --exclude 'logs/*'"
+            f"{upload_command(repo_id, output_dir)}"
         )
         return None
     logger.info(f"Uploaded to {commit.repo_url if hasattr(commit, 'repo_url') else repo_id}.")

@@ -12,6 +12,7 @@ from PIL import Image
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+
 CURVES = (
     ("Losses", ("discriminator_loss", "generator_loss", "optimal_transport_loss")),
     ("Logits", ("logits_real", "logits_fake")),

@@ -48,7 +48,7 @@ def make_accelerator(args) -> Accelerator:
     if accelerator.distributed_type not in TESTED_DISTRIBUTED_TYPES:
         raise InputError(
             f"accelerate is configured for {accelerator.distributed_type.value}: training two networks with it is not "
-            "tested and therefore refused. Use plain multi-GPU (DDP), for instance with configs/accelerate/8_gpus.yaml."
+            "tested and therefore refused. Use plain multi-GPU (DDP), for instance configs/accelerate/8_gpus.yaml."
         )
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
@@ -112,9 +112,9 @@ class NonFiniteGuard:
         logger.warning(f"Step {step}: skipped a {network} update, its loss or gradient is not finite.")
         if self.in_a_row[network] >= self.max_in_a_row:
             raise InputError(
-                f"{self.in_a_row[network]} {network} updates in a row had losses or gradients that are not finite; the run ends at step "
-                f"{step} and the last checkpoint is untouched. Lower the learning rates, raise --lambda_gp, or train in "
-                "fp32; then resume with --resume_from_checkpoint latest."
+                f"{self.in_a_row[network]} {network} updates in a row had losses or gradients that are not "
+                f"finite; the run ends at step {step} and the last checkpoint is untouched. Lower the learning rates, "
+                "raise --lambda_gp, or train in fp32; then resume with --resume_from_checkpoint latest."
             )
         return True
 
@@ -143,6 +143,7 @@ class MetricsLog:
     def start_trackers(self, project: str, config: dict) -> None:
         """Starts the trackers with the run's flags."""
         simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
+        simple.pop("hub_token", None)
         if self.accelerator.is_main_process:
             self._to_trackers(lambda: self.accelerator.init_trackers(project, config=simple))
 
@@ -237,12 +238,13 @@ def memory_plan(args, transformer, discriminator, data_size: int, processes: int
     )
     global_batch = batch * args.gradient_accumulation_steps * processes
     steps = "any number of" if args.num_steps is None else args.num_steps
+    config = transformer.config
     lines = (
-        f"Data           {data_size:,} images, {transformer.config.num_classes or 'no'} classes",
+        f"Data           {data_size:,} images, {config.num_classes or 'no'} classes",
         f"Generator      {sizes[0]:,} parameters, {steps} step(s), predicts the {args.prediction_type}",
         f"Discriminator  {sizes[1]:,} parameters",
-        f"Input          {transformer.config.in_channels} x {transformer.config.sample_size} x "
-        f"{transformer.config.sample_size}, patch {transformer.config.patch_size} and {discriminator.config.patch_size}",
+        f"Input          {config.in_channels} x {config.sample_size} x {config.sample_size}, patch "
+        f"{config.patch_size} (D {discriminator.config.patch_size})",
         f"Updates        {args.max_train_steps:,} of G, {args.ttur} of D for each; global batch {global_batch} = "
         f"{batch} x {args.gradient_accumulation_steps} micro-steps x {processes} processes",
         f"Epochs         {args.max_train_steps * global_batch / data_size:.1f}, counted by images that G sees",

@@ -1,0 +1,115 @@
+# Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
+"""What a run leaves for people: grids while it goes on; weights, pictures, `results.json`, model card at the end."""
+
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
+from PIL import Image
+
+from adversarial_flow.utils.errors import InputError
+from adversarial_flow.utils.evaluation import SampleEvaluator, sample_images
+from adversarial_flow.utils.hub import write_model_card
+from adversarial_flow.utils.plots import image_grid, plot_curves
+from adversarial_flow.utils.training import MetricsLog, read_metrics
+
+
+logger = logging.getLogger(__name__)
+
+
+def grid_labels(num_classes: int | None) -> list[int] | None:
+    """Up to 10 classes spread over all of them, ten times each; `None` for an unconditional model."""
+    if num_classes is None:
+        return None
+    rows = min(num_classes, 10)
+    return [i * num_classes // rows for i in range(rows) for _ in range(10)]
+
+
+def sample_grid(pipeline: DiffusionPipeline, seed: int) -> Image.Image:
+    """A grid with a class in each row and a seed in each column; 8 x 8 samples of an unconditional model."""
+    labels = grid_labels(pipeline.transformer.config.num_classes)
+    if labels is None:
+        return image_grid(sample_images(pipeline, None, 64, seed), columns=8)
+    return image_grid(sample_images(pipeline, labels, len(labels), seed), columns=10)
+
+
+def validate(
+    accelerator: Accelerator,
+    pipeline: DiffusionPipeline,
+    ema: EMAModel,
+    evaluator: SampleEvaluator | None,
+    log: MetricsLog,
+    step: int,
+    seed: int,
+) -> None:
+    """A grid of samples of the averaged weights for the trackers, and their metrics where there is an evaluator."""
+    if accelerator.is_main_process:
+        parameters = list(pipeline.transformer.parameters())
+        ema.store(parameters)
+        ema.copy_to(parameters)
+        try:
+            log.images(step, "samples", [sample_grid(pipeline, seed)])
+            if evaluator is not None:
+                log.write(step, evaluator.quick(pipeline))
+        except Exception as error:  # an evaluation never costs a run
+            logger.error(f"The validation at step {step} failed: {error!r}")
+        finally:
+            ema.restore(parameters)
+    accelerator.wait_for_everyone()
+
+
+def save_final(output_dir: str, pipeline: DiffusionPipeline, discriminator: torch.nn.Module) -> None:
+    """The pipeline with the averaged weights, and the discriminator for who wants to train on."""
+    try:
+        pipeline.save_pretrained(output_dir)
+        discriminator.save_pretrained(str(Path(output_dir) / "discriminator"))
+    except Exception as error:  # a full disk surfaces as OSError, RuntimeError or SafetensorError
+        raise InputError(
+            f"--output_dir {output_dir}: the final weights could not be written ({error}). Make room on the disk and "
+            "run again with --resume_from_checkpoint latest."
+        ) from error
+
+
+def write_results(
+    args, pipeline: DiffusionPipeline, evaluator: SampleEvaluator | None, log: MetricsLog, step: int, skipped: int
+) -> None:
+    """
+    Writes samples, curves, `results.json` and the model card. A failure here is reported and costs nothing: the
+    weights are saved before.
+    """
+    try:
+        folder = Path(args.output_dir)
+        sample_grid(pipeline, args.seed).save(folder / "samples.png")
+        results = {
+            "steps": step,
+            "num_inference_steps": pipeline.config.num_steps or "any",
+            "weights": f"EMA {args.ema_decay}",
+            "training_seed": args.seed,
+            "skipped_updates": skipped,
+            "versions": {m.__name__: m.__version__ for m in (torch, accelerate, diffusers)},
+        }
+        if evaluator is not None:
+            results.update(evaluator.final(pipeline))
+            log.write(step, results["metrics"])
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        references = evaluator.references if evaluator is not None else None
+        plot_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png", references)
+        script = Path(sys.argv[0]).name
+        write_model_card(
+            args.output_dir,
+            title=args.hub_model_id or folder.resolve().name,
+            command=f"accelerate launch {script} {shlex.join(sys.argv[1:])}".strip(),
+            pipeline=pipeline,
+            flags=vars(args),
+            results=results,
+        )
+    except Exception as error:
+        logger.error(f"The weights are saved, but samples, metrics or the model card failed: {error!r}")

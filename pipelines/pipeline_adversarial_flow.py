@@ -200,7 +200,7 @@ class AdversarialFlowPipeline(DiffusionPipeline):
                 else:
                     latents = self.scheduler.step(model_output, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    inputs = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
+                    inputs = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
                     latents = (callback_on_step_end(self, i, timestep, inputs) or {}).get("latents", latents)
                 progress_bar.update()
 

@@ -52,6 +52,18 @@ def run(train_afm, tiny_config, tmp_path, monkeypatch):
     return run_main
 
 
+@pytest.fixture
+def log_text(capsys):
+    """What the script has written to stderr so far: its log and its progress bar."""
+    seen = []
+
+    def read() -> str:
+        seen.append(capsys.readouterr().err)
+        return "".join(seen)
+
+    return read
+
+
 class _NoEvaluator:
     """The script tests do not pay for training the classifier; one test runs the real evaluator."""
 

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -33,7 +34,10 @@ def make_accelerator(args) -> Accelerator:
     """
     if args.mixed_precision == "fp16":
         raise InputError("--mixed_precision fp16: adversarial gradients under- and overflow in fp16; use bf16 or no.")
+    # Several processes on a machine without GPU talk by gloo; accelerate has to be told that this is meant.
+    processes_on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
     accelerator = Accelerator(
+        cpu=processes_on_cpu,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),

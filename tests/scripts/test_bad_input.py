@@ -1,0 +1,185 @@
+"""Bad input: one clear error before training, nothing overwritten."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def fails(train_afm, run):
+    def check(message: str, *flags) -> None:
+        with pytest.raises(train_afm.InputError, match=message) as info:
+            run(*flags)
+        assert "\n" not in str(info.value)
+
+    return check
+
+
+def make_images(folder: Path, count: int = 10, size: tuple[int, int] = (16, 16), classes=("a", "b")) -> str:
+    rng = np.random.default_rng(0)
+    for label in classes:
+        (folder / label).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / label / f"{i}.png")
+    return str(folder)
+
+
+def test_missing_and_empty_folders(fails, tmp_path):
+    fails("--train_data_dir nowhere: there is no such folder", "--train_data_dir", "nowhere")
+    (tmp_path / "empty").mkdir()
+    fails("--train_data_dir .*empty: no images could be loaded", "--train_data_dir", tmp_path / "empty")
+    fails("--dataset_name no/where: no images could be loaded", "--dataset_name", "no/where")
+    fails("exclude each other", "--dataset_name", "x", "--train_data_dir", "y")
+
+
+def test_all_images_broken(fails, tmp_path):
+    (tmp_path / "broken" / "a").mkdir(parents=True)
+    for i in range(3):
+        (tmp_path / "broken" / "a" / f"{i}.png").write_bytes(b"not an image")
+    fails("none of the images", "--train_data_dir", tmp_path / "broken")
+
+
+def test_small_images(fails, tmp_path):
+    folder = make_images(tmp_path / "data", size=(16, 12))
+    fails("--resolution 16: .*png is only 12x16 pixels. Lower", "--train_data_dir", folder, "--resolution", 16)
+
+
+def test_columns(fails, tmp_path):
+    folder = make_images(tmp_path / "data")
+    common = ("--train_data_dir", folder, "--resolution", 16)
+    fails(
+        "--label_column kind: there is no such column. The columns are: image, label",
+        *common,
+        "--label_column",
+        "kind",
+    )
+    fails("--image_column picture: there is no such column", *common, "--image_column", "picture")
+
+
+def test_more_classes_than_the_model(fails, tmp_path):
+    (tmp_path / "small.json").write_text(
+        '{"patch_size": 4, "num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "num_classes": 3}'
+    )
+    fails("10 classes and .*small.json says 3", "--model_config_name_or_path", tmp_path / "small.json")
+
+
+def test_network_configs(fails, tmp_path):
+    fails("`sample_size` .8. is not divisible by `patch_size` .3.", "--model_config_name_or_path", patch(tmp_path, 3))
+    fails("no config could be read there", "--model_config_name_or_path", "nowhere.json")
+    (tmp_path / "typo.json").write_text('{"patch_sise": 4}')
+    fails("networks' config does not work", "--model_config_name_or_path", tmp_path / "typo.json")
+
+
+def patch(tmp_path, size):
+    path = tmp_path / "patch.json"
+    path.write_text(f'{{"patch_size": {size}, "num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}}')
+    return path
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many"])
+def test_number_of_steps(run, capsys, value):
+    with pytest.raises(SystemExit) as info:
+        run(f"--num_steps={value}")
+    assert info.value.code == 2 and "is not a number of steps: pass 1, 2, 3, ... or any" in capsys.readouterr().err
+
+
+def test_three_steps_are_fine(run, tmp_path):
+    run("--num_steps", 3, "--max_train_steps", 1)
+    assert (tmp_path / "afm-digits" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (("--train_batch_size", 2000), r"a batch of 2000 .* is larger than the data set \(1797 images\)"),
+        (("--train_batch_size", 0), "--train_batch_size must be at least 1"),
+        (("--train_batch_size", 900, "--gradient_accumulation_steps", 2), "a batch of 1800"),
+        (("--ema_decay", 1.0), r"--ema_decay must be in \[0, 1\)"),
+        (("--repeats", 2, "--num_steps", 4), "--repeats makes deep one-step models"),
+        (("--lambda_gp", -1), "--lambda_gp must not be negative"),
+        (("--gp_batch_ratio", 0), "--gp_batch_ratio must be in"),
+        (("--checkpoints_total_limit", 0), "--checkpoints_total_limit must be at least 1"),
+        (("--resolution", 16), "the embedded digits are 8x8"),
+        (("--mixed_precision", "fp16"), "--mixed_precision fp16: .* use bf16 or no"),
+        (("--vae", "nowhere"), "--vae nowhere: no AutoencoderKL could be loaded"),
+        (("--recipe", "nowhere.json"), "--recipe nowhere.json: can't be read"),
+        (("--resume_from_checkpoint", "checkpoint-7"), "there is no such folder"),
+    ],
+)
+def test_flags(fails, tmp_path, flags, message):
+    fails(message, *flags)
+    assert not list(tmp_path.glob("afm-digits/*"))
+
+
+def test_recipe_with_an_unknown_flag(fails, tmp_path):
+    (tmp_path / "recipe.json").write_text('{"lambda_to": 0.1}')
+    fails("there is no flag --lambda_to", "--recipe", tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_untested_distribution_is_refused(fails, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    kind = DistributedType.DEEPSPEED if "DEEPSPEED" in variable else DistributedType.FSDP
+    monkeypatch.setattr(PartialState, "distributed_type", kind, raising=False)
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", kind)
+    monkeypatch.delenv(variable)
+    fails(f"accelerate is configured for {kind.value}: .* not tested", "--max_train_steps", 1)
+
+
+def test_output_dir_of_another_run(fails, run, tmp_path):
+    run()
+    before = (tmp_path / "afm-digits" / "model_index.json").read_bytes()
+    fails("afm-digits holds another run .* --resume_from_checkpoint latest, .* --overwrite_output_dir")
+    assert (tmp_path / "afm-digits" / "model_index.json").read_bytes() == before
+    (tmp_path / "afm-digits" / "notes.txt").write_text("mine")
+    run("--overwrite_output_dir", "--num_steps", 2)
+    assert b'"num_steps": 2' in (tmp_path / "afm-digits" / "model_index.json").read_bytes()
+    assert (tmp_path / "afm-digits" / "notes.txt").read_text() == "mine"  # what no run wrote is never removed
+
+
+def test_failing_input_with_overwrite_removes_nothing(fails, run, tmp_path):
+    run()
+    fails("a batch of 5000", "--overwrite_output_dir", "--train_batch_size", 5000)
+    assert (tmp_path / "afm-digits" / "model_index.json").exists()
+    assert (tmp_path / "afm-digits" / "checkpoint-4").is_dir()
+
+
+def test_checkpoint_of_another_architecture(fails, run, tmp_path):
+    run()
+    fails(
+        r"its transformer has another architecture \(num_layers 2 -> 1, .*\)",
+        *("--resume_from_checkpoint", "latest", "--model_config_name_or_path", patch(tmp_path, 4)),
+    )
+    assert (tmp_path / "afm-digits" / "checkpoint-4" / "trainer_state.json").exists()
+
+
+def test_damaged_named_checkpoint(fails, run, tmp_path):
+    run()
+    (tmp_path / "afm-digits" / "checkpoint-4" / "optimizer.bin").unlink()
+    fails("optimizer.bin is missing or truncated", "--resume_from_checkpoint", "checkpoint-4")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; run the tests as an ordinary user")
+def test_no_write_permission(fails, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    fails("can't be written .*Permission denied", "--output_dir", tmp_path / "locked" / "run")
+
+
+def test_output_dir_that_can_not_be_made(fails, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    fails("this is a file", "--output_dir", tmp_path / "file")
+    fails("can't be written", "--output_dir", tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_one_line_and_exit_code(run_command, tmp_path):
+    result = run_command("--train_data_dir", "nowhere")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: --train_data_dir nowhere: there is no such folder."]

@@ -1,0 +1,77 @@
+"""Two CPU processes (gloo), started by the line that the README gives."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_folder_weights
+from safetensors.torch import load_file
+
+from adversarial_flow.utils.training import read_metrics
+
+
+TWO_PROCESSES = ("--config_file", str(ROOT / "configs" / "accelerate" / "2_cpu_processes.yaml"))
+
+
+def test_the_readme_has_this_line():
+    assert "--config_file configs/accelerate/2_cpu_processes.yaml train_afm.py" in (ROOT / "README.md").read_text()
+
+
+@pytest.fixture
+def probe(tmp_path, monkeypatch):
+    """Every rank writes its last weights and the noise of its first batch when the run ends."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK'):\n"
+        "    import torch, adversarial_flow.utils.afm as afm, adversarial_flow.utils.checkpointing as c\n"
+        "    rank, generate, register = os.environ['RANK'], afm.generate, c.register_model_folders\n"
+        "    def first_noise(transformer, batch, kind):\n"
+        "        if not os.path.exists(f'noise-{rank}.pt'): torch.save(batch.source, f'noise-{rank}.pt')\n"
+        "        return generate(transformer, batch, kind)\n"
+        "    def keep(accelerator, models, ema):\n"
+        "        import atexit\n"
+        "        def dump():\n"
+        "            states = {n: accelerator.unwrap_model(m).state_dict() for n, m in models.items()}\n"
+        "            torch.save((states, ema.shadow_params), f'weights-{rank}.pt')\n"
+        "        atexit.register(dump)\n"
+        "        return register(accelerator, models, ema)\n"
+        "    afm.generate, c.register_model_folders = first_noise, keep\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(run, run_command, probe):
+    common = ("--adam_epsilon", 1e-3, "--max_train_steps", 3, "--num_steps", "any")
+    result = run_command("--train_batch_size", 8, "--output_dir", "two", *common, launch=TWO_PROCESSES, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"global batch 16 = 8 x 1 micro-steps x 2 processes", result.stdout)
+
+    states, averages = zip(*(torch.load(probe / f"weights-{rank}.pt") for rank in (0, 1)))
+    for network in ("transformer", "discriminator"):
+        for key, value in states[0][network].items():
+            assert torch.equal(value, states[1][network][key]), f"ranks differ in {network} {key}"
+    assert all(torch.equal(a, b) for a, b in zip(*averages)), "ranks differ in the average"
+    noise = [torch.load(probe / f"noise-{rank}.pt") for rank in (0, 1)]
+    assert (noise[0] - noise[1]).abs().min() > 0
+
+    run("--train_batch_size", 16, "--output_dir", "one", *common)
+    for a, b in zip(read_metrics("one/metrics.jsonl"), read_metrics("two/metrics.jsonl")):
+        for key in ("discriminator_loss", "generator_loss", "optimal_transport_loss", "r1_penalty", "r2_penalty"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+    for name in ("transformer", "discriminator"):
+        a, b = (load_file(f"{f}/checkpoint-3/{name}/diffusion_pytorch_model.safetensors") for f in ("one", "two"))
+        assert max((a[key] - b[key]).abs().max().item() for key in a) < 2e-6
+
+
+def test_two_processes_resume_bitwise(run_command, tmp_path):
+    common = ("--checkpointing_steps", 2, "--gradient_accumulation_steps", 2)
+    for name, steps in (("straight", (4,)), ("resumed", (2, 4))):
+        for max_steps in steps:
+            flags = ("--max_train_steps", max_steps, "--lambda_ot_decay_steps", 4, "--output_dir", name)
+            resume = ("--resume_from_checkpoint", "latest") if max_steps != steps[0] else ()
+            result = run_command(*flags, *common, *resume, launch=TWO_PROCESSES, timeout=400)
+            assert result.returncode == 0, result.stderr
+    assert_same_folder_weights(tmp_path / "straight" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    files = {p.name for p in (tmp_path / "resumed" / "checkpoint-4").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= files

@@ -126,7 +126,7 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
         positions = get_2d_sincos_pos_embed(dim, grid_size, base_size=grid_size, output_type="pt")
         # A frozen parameter and not a buffer: it is part of a checkpoint and of the published parameter counts.
         self.pos_embed = nn.Parameter(positions.float().unsqueeze(0), requires_grad=False)  # (1, T, D)
-        self.time_proj = Timesteps(TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0, scale=TIME_SCALE)
+        self.time_proj = Timesteps(TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
         for name in time_embeddings:
             setattr(self, name, TimestepEmbedding(TIME_FREQUENCIES, dim))
         if config.num_classes is not None:
@@ -169,7 +169,7 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
                 f"This model was made with time_conditioning={self.config.time_conditioning!r} and needs the times."
             )
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=like.device).expand(like.shape[0])
-        return embedder(self.time_proj(timestep).to(self.pos_embed.dtype))  # (B, D)
+        return embedder(self.time_proj(timestep * TIME_SCALE).to(self.pos_embed.dtype))  # (B, D)
 
     def _embed_class(self, class_labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         if self.config.num_classes is None:

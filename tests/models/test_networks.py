@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from adversarial_flow import AdversarialFlowDiscriminator, AdversarialFlowTransformer2DModel
+from adversarial_flow.models.transformer_adversarial_flow import TIME_SCALE
 
 
 TINY = {"sample_size": 8, "patch_size": 2, "in_channels": 3, "num_layers": 2, "num_attention_heads": 2}
@@ -123,7 +124,7 @@ def test_time_embedding_is_the_published_one():
     model = AdversarialFlowTransformer2DModel(**TINY, time_conditioning="source")
     angles = 1000 * 0.37 * 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
     expected = torch.cat([angles.cos(), angles.sin()])
-    assert torch.allclose(model.time_proj(torch.tensor([0.37]))[0].double(), expected, atol=1e-4)
+    assert torch.allclose(model.time_proj(torch.tensor([0.37]) * TIME_SCALE)[0].double(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("cls", [AdversarialFlowTransformer2DModel, AdversarialFlowDiscriminator])

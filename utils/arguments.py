@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 from diffusers.optimization import SchedulerType
@@ -82,27 +83,30 @@ def parse_with_recipe(parser: argparse.ArgumentParser, default_recipe: Path | No
     Paths to configs in a recipe are relative to the recipe.
 
     Raises:
-        InputError: if the recipe can't be read, has an unknown flag or a value of the wrong type.
+        InputError: if the recipe can't be read or has an unknown flag.
     """
+    argv = sys.argv[1:] if argv is None else argv
     first, _ = parser.parse_known_args(argv)
     recipe = Path(first.recipe) if first.recipe else None
     if recipe is None and first.train_data_dir is None and first.dataset_name is None:
         recipe = default_recipe
+    recipe_flags = []
     if recipe is not None:
         try:
             values = json.loads(recipe.read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"--recipe {recipe}: can't be read as JSON ({error}).") from error
-        actions = {action.dest: action for action in parser._actions}
+        known = {action.dest for action in parser._actions}
         for name, value in values.items():
-            if name not in actions:
+            if name not in known:
                 raise InputError(f"--recipe {recipe}: there is no flag --{name}.")
             if name.endswith("config_name_or_path") and (recipe.parent / value).exists():
-                values[name] = os.path.normpath(recipe.parent / value)
-            elif isinstance(value, str) or (actions[name].type is not None and not isinstance(value, bool)):
-                values[name] = parser._get_value(actions[name], str(value))  # checked as if typed
-        parser.set_defaults(**values)
-    args = parser.parse_args(argv)
+                value = os.path.normpath(recipe.parent / value)
+            if value is True:
+                recipe_flags.append(f"--{name}")
+            elif value is not False and value is not None:
+                recipe_flags.append(f"--{name}={value}")
+    args = parser.parse_args([*recipe_flags, *argv])  # of a flag that is given twice the last one counts
     args.recipe = str(recipe) if recipe is not None else None
     return args
 

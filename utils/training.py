@@ -54,6 +54,15 @@ def make_accelerator(args) -> Accelerator:
             f"accelerate is configured for {accelerator.distributed_type.value}: training two networks with it is not "
             "tested and therefore refused. Use plain multi-GPU (DDP), for instance configs/accelerate/8_gpus.yaml."
         )
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if (
+        launched
+        and accelerator.device.type == "cpu"
+        and accelerator.num_processes == 1
+        and torch.get_num_threads() == 1
+    ):
+        # `accelerate launch` gives a process one thread, which is meant for several processes on a machine.
+        torch.set_num_threads(os.cpu_count() or 1)
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",

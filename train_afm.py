@@ -8,6 +8,7 @@ Without flags it trains a one-step generator on the digits that scikit-learn shi
 import argparse
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ from adversarial_flow.utils.training import (
     MetricsLog,
     NonFiniteGuard,
     exit_interrupted,
+    frozen,
     make_accelerator,
     mean_over_ranks,
     memory_plan,
@@ -135,7 +137,6 @@ def objective_weights(args: argparse.Namespace, step: int) -> dict[str, float]:
 def discriminator_update(accelerator, transformer, discriminator, optimizer, batches, args, weights, guard, step):
     """One update of D on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics."""
     accumulation, total = args.gradient_accumulation_steps, {}
-    discriminator.requires_grad_(True)
     for micro_step in range(accumulation):
         batch = next(batches)
         with torch.no_grad():
@@ -172,13 +173,12 @@ def generator_update(
     """
     accumulation, probability = args.gradient_accumulation_steps, weights["augmentation_probability"]
     micro_batches = [next(batches) for _ in range(accumulation)]
-    discriminator.requires_grad_(False)
     gradients, total = [], {}
     for batch in micro_batches:
         with torch.set_grad_enabled(accumulation == 1):  # with several micro-batches G runs again below
             fake = generate(transformer, batch, args.prediction_type)
             augmented = augment(fake, batch.augmentation, probability)
-        with accelerator.no_sync(discriminator):
+        with frozen(discriminator), accelerator.no_sync(discriminator):
             gradient, loss = adversarial_gradient(discriminator, batch, augmented, probability)
         gradients.append(gradient)
         metrics = {"generator_loss": loss, "adversarial_grad_square": gradient_square(gradient)}
@@ -251,7 +251,8 @@ def print_next(args: argparse.Namespace, data: TrainingData) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    prepare_output_dir(args)
+    if os.environ.get("RANK", "0") == "0":  # before the ranks meet: none finds the traces of another
+        prepare_output_dir(args)
     accelerator = make_accelerator(args)
     set_seed(args.seed)  # the same weights on all ranks; noise does not come from here
 

@@ -180,7 +180,7 @@ def adversarial_gradient(
     """
     The gradient of L_adv^G at the (augmented) output of the generator, before normalisation, and the loss itself.
 
-    The discriminator gets no gradients: the caller has frozen it.
+    The discriminator gets no gradients; the caller may freeze it to save memory.
     """
     real = augment(batch.target, batch.augmentation, augmentation_probability)
     with torch.no_grad():  # no gradient flows through the real samples: a forward without a graph is enough

@@ -1,6 +1,7 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
 """What the training scripts share around their loops: set-up, interruption, guards and logs."""
 
+import contextlib
 import json
 import logging
 import os
@@ -117,7 +118,7 @@ class NonFiniteGuard:
 
     def skips(self, network: str, step: int, *values: torch.Tensor) -> bool:
         """Whether the update must be skipped. The values are the same on all ranks, and so is the answer."""
-        if all(bool(torch.isfinite(value).all()) for value in values):
+        if torch.isfinite(torch.stack([value.float() for value in values])).all():  # one synchronisation
             self.in_a_row[network] = 0
             return False
         self.in_a_row[network] = self.in_a_row.get(network, 0) + 1
@@ -215,6 +216,19 @@ def read_metrics(path: str | Path) -> list[dict]:
         except ValueError:
             break
     return rows
+
+
+@contextlib.contextmanager
+def frozen(model: torch.nn.Module):
+    """Turns gradients off for the trained parameters of `model`: nothing is kept in memory for them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def mean_over_ranks(accelerator: Accelerator, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

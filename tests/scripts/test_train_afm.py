@@ -117,6 +117,27 @@ def test_learning_rate_counts_updates_of_its_network(run, tmp_path):
     assert [row["discriminator_learning_rate"] for row in rows[:4]] == pytest.approx([0.075, 0.05, 0.025, 0.0])
 
 
+def test_discriminator_grad_norm_is_that_of_its_trained_parameters(train_afm, run, monkeypatch, tmp_path):
+    """Frozen positions must neither get gradients nor enter the norm, and no gradient survives its update."""
+    norms, update = [], train_afm.discriminator_update
+
+    def spy(accelerator, transformer, discriminator, optimizer, *args):
+        assert all(p.grad is None for p in discriminator.parameters())
+        optimizer.zero_grad = lambda: None
+        metrics = update(accelerator, transformer, discriminator, optimizer, *args)
+        assert discriminator.pos_embed.grad is None and not discriminator.pos_embed.requires_grad
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.stack([p.grad.norm() for p in trained]).norm().item())
+        del optimizer.zero_grad
+        optimizer.zero_grad()
+        return metrics
+
+    monkeypatch.setattr(train_afm, "discriminator_update", spy)
+    run()
+    rows = read_metrics(tmp_path / "afm-digits" / "metrics.jsonl")
+    assert [row["discriminator_grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5)
+
+
 def test_repeats_divide_the_generators_rate(run, tmp_path):
     run("--repeats", 2, "--learning_rate", 1e-3)
     row = read_metrics(tmp_path / "afm-digits" / "metrics.jsonl")[0]

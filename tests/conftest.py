@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reads the network
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parent.parent
 TINY = {"patch_size": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
 TINY_FLAGS = ["--train_batch_size", "8", "--max_train_steps", "4", "--report_to", "none", "--logging_steps", "1"]

@@ -64,7 +64,7 @@ def plot_curves(rows: list[dict], path: str | Path, references: dict[str, float]
             points = [(row["step"], row[key]) for row in rows if key in row]
             axis.plot(*zip(*points), label=key, linewidth=1.2)
             if references and key in references:
-                axis.axhline(references[key], color="grey", linestyle="--", label="real data")
+                axis.axhline(references[key], color="grey", linestyle="--", label="halves of the data")
         if "Frechet" in title or "norms" in title:
             axis.set_yscale("log")
         axis.set_title(title)

@@ -16,7 +16,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    is_wandb_available,
+)
 
 from adversarial_flow.utils.errors import InputError
 
@@ -35,6 +40,8 @@ def make_accelerator(args) -> Accelerator:
     """
     if args.mixed_precision == "fp16":
         raise InputError("--mixed_precision fp16: adversarial gradients under- and overflow in fp16; use bf16 or no.")
+    if args.report_to == "wandb" and not is_wandb_available():
+        raise InputError("--report_to wandb: wandb is not installed; run pip install wandb or use another tracker.")
     # Several processes on a machine without GPU talk by gloo; accelerate has to be told that this is meant.
     processes_on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
     accelerator = Accelerator(

@@ -114,6 +114,11 @@ def test_flags(fails, tmp_path, flags, message):
     assert not list(tmp_path.glob("afm-digits/*"))
 
 
+def test_missing_tracker(fails, monkeypatch):
+    monkeypatch.setattr("adversarial_flow.utils.training.is_wandb_available", lambda: False)
+    fails("--report_to wandb: wandb is not installed", "--report_to", "wandb")
+
+
 def test_recipe_with_an_unknown_flag(fails, tmp_path):
     (tmp_path / "recipe.json").write_text('{"lambda_to": 0.1}')
     fails("there is no flag --lambda_to", "--recipe", tmp_path / "recipe.json")

@@ -135,7 +135,7 @@ def objective_weights(args: argparse.Namespace, step: int) -> dict[str, float]:
 
 
 def discriminator_update(accelerator, transformer, discriminator, optimizer, batches, args, weights, guard, step):
-    """One update of D on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics."""
+    """One update of D on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics, none if skipped."""
     accumulation, total = args.gradient_accumulation_steps, {}
     for micro_step in range(accumulation):
         batch = next(batches)
@@ -156,10 +156,11 @@ def discriminator_update(accelerator, transformer, discriminator, optimizer, bat
         total = {name: total.get(name, 0) + value / accumulation for name, value in metrics.items()}
     total = mean_over_ranks(accelerator, total)
     grad_norm = accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm or math.inf)
-    if not guard.skips("discriminator", step, grad_norm, *total.values()):
+    skipped = guard.skips("discriminator", step, grad_norm, *total.values())
+    if not skipped:
         optimizer.step()
     optimizer.zero_grad()
-    return {**total, "discriminator_grad_norm": grad_norm}
+    return {} if skipped else {**total, "discriminator_grad_norm": grad_norm}
 
 
 def generator_update(
@@ -185,8 +186,9 @@ def generator_update(
         total = {name: total.get(name, 0) + value / accumulation for name, value in metrics.items()}
     total = mean_over_ranks(accelerator, total)
     square = total.pop("adversarial_grad_square")
-    if guard.skips("generator", step, square, *total.values()):
-        return total, False
+    if not torch.isfinite(square):  # it must not enter the average of the normalisation
+        guard.skips("generator", step, square)
+        return {}, False
     scale = normalization.update(square)
 
     transport_total = {}
@@ -208,15 +210,17 @@ def generator_update(
         transport_total = {n: transport_total.get(n, 0) + v.detach() / accumulation for n, v in metrics.items()}
     transport_total = mean_over_ranks(accelerator, transport_total)
     grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm or math.inf)
-    skipped = guard.skips("generator", step, grad_norm, *transport_total.values())
+    skipped = guard.skips("generator", step, grad_norm, *total.values(), *transport_total.values())
     if not skipped:
         optimizer.step()
     optimizer.zero_grad()
+    if skipped:
+        return {}, False
     # Both norms at G's output in the same unit; the normalised adversarial one fluctuates around 1.
     total["adversarial_grad_norm_raw"] = square.sqrt()
     total["adversarial_grad_norm"] = square.sqrt() * scale
     total["optimal_transport_grad_norm"] = transport_total.pop("optimal_transport_grad_square").sqrt()
-    return {**total, **transport_total, "generator_grad_norm": grad_norm}, not skipped
+    return {**total, **transport_total, "generator_grad_norm": grad_norm}, True
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -417,8 +421,9 @@ def main(argv: list[str] | None = None) -> None:
             rates = {"learning_rate": scheduler_g.get_last_lr()[0]}
             rates["discriminator_learning_rate"] = scheduler_d.get_last_lr()[0]
             row = log.flush(step, **weights, **rates, skipped_updates=nonfinite.total)
-            shown = {"D": row["discriminator_loss"], "G": row["generator_loss"], "OT": row["optimal_transport_loss"]}
-            progress.set_postfix({**shown, "samples/s": row["samples_per_second"]})
+            shown = {"D": "discriminator_loss", "G": "generator_loss", "OT": "optimal_transport_loss"}
+            shown["samples/s"] = "samples_per_second"
+            progress.set_postfix({name: row.get(key) for name, key in shown.items()})
         if step % args.validation_steps == 0 and step < args.max_train_steps:
             validate(accelerator, pipeline, ema, evaluator, log, step, args.seed)
         if step % args.checkpointing_steps == 0:

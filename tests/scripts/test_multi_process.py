@@ -17,6 +17,18 @@ def test_the_readme_has_this_line():
     assert "--config_file configs/accelerate/2_cpu_processes.yaml train_afm.py" in (ROOT / "README.md").read_text()
 
 
+def test_an_update_that_fails_on_one_rank_is_skipped_on_all(run_command, probe, monkeypatch):
+    monkeypatch.setenv("NAN_ON_RANK", "1")
+    result = run_command("--max_train_steps", 4, "--output_dir", "two", launch=TWO_PROCESSES, timeout=400)
+    assert result.returncode == 0, result.stderr
+    rows = read_metrics(probe / "two" / "metrics.jsonl")
+    assert [row["skipped_updates"] for row in rows if "skipped_updates" in row] == [0, 1, 1, 1]
+    states, _ = zip(*(torch.load(probe / f"weights-{rank}.pt") for rank in (0, 1)))
+    for network in states[0]:
+        for key, value in states[0][network].items():
+            assert torch.isfinite(value).all() and torch.equal(value, states[1][network][key])
+
+
 @pytest.fixture
 def probe(tmp_path, monkeypatch):
     """Every rank writes its last weights and the noise of its first batch when the run ends."""
@@ -35,6 +47,13 @@ def probe(tmp_path, monkeypatch):
         "            torch.save((states, ema.shadow_params), f'weights-{rank}.pt')\n"
         "        atexit.register(dump)\n"
         "        return register(accelerator, models, ema)\n"
+        "    gradient_of, calls = afm.adversarial_gradient, []\n"
+        "    def nan_once(*args):\n"
+        "        calls.append(None)\n"
+        "        gradient, loss = gradient_of(*args)\n"
+        "        nan = os.environ.get('NAN_ON_RANK') == rank and len(calls) == 2\n"
+        "        return (gradient * float('nan') if nan else gradient), loss\n"
+        "    afm.adversarial_gradient = nan_once\n"
         "    afm.generate, c.register_model_folders = first_noise, keep\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

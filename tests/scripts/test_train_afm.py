@@ -301,6 +301,13 @@ def test_non_finite_updates_are_skipped_counted_and_end_the_run(train_afm, run, 
     assert {p: p.stat().st_mtime for p in folder.rglob("checkpoint-*")} == before
 
 
+def test_non_finite_generator_updates_end_the_run_too(train_afm, run, monkeypatch):
+    """A generator whose own backward is never finite, behind a finite adversarial gradient."""
+    monkeypatch.setattr(train_afm, "optimal_transport_loss", lambda *args: args[0].sum() * math.inf)
+    with pytest.raises(train_afm.InputError, match="3 generator updates in a row"):
+        run("--max_train_steps", 50, "--max_skipped_updates", 3)
+
+
 def test_failing_tracker_and_validation_do_not_end_the_run(train_afm, run, tmp_path, monkeypatch, log_text):
     import adversarial_flow.utils.results as results
 

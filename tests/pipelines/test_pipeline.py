@@ -80,9 +80,16 @@ def test_sample_i_does_not_depend_on_the_batch(num_steps):
     together = pipeline(labels, generator=generator(), output_type="latent").images
     one = generator()
     alone = torch.cat([pipeline(label, generator=one, output_type="latent").images for label in labels])
-    assert torch.allclose(together, alone, atol=1e-6)
+    # The noise is the same bit by bit; the kernels of another batch size may sum in another order.
+    one = generator()
+    noise = [pipeline.prepare_latents(1, one, None) for _ in labels]
+    assert torch.equal(pipeline.prepare_latents(4, generator(), None), torch.cat(noise))
+    assert torch.allclose(together, alone, rtol=1e-4, atol=1e-4)
     listed = pipeline(labels, generator=[generator(i) for i in range(4)], output_type="latent").images
-    assert torch.allclose(listed[2:3], pipeline(2, generator=generator(2), output_type="latent").images, atol=1e-6)
+    alone = pipeline(2, generator=generator(2), output_type="latent").images
+    assert torch.allclose(listed[2:3], alone, rtol=1e-4, atol=1e-4) and not torch.allclose(
+        listed[1:2], alone, atol=0.1
+    )
 
 
 def test_output_types_labels_and_tuple():

@@ -358,16 +358,18 @@ def wait_for(path: Path, process, timeout: float = 120) -> None:
         time.sleep(0.02)
 
 
-def test_killed_at_a_random_moment_and_resumed_is_bitwise(run, tmp_path, tiny_config):
+def test_killed_at_a_random_moment_and_resumed_is_bitwise(run_command, tmp_path, tiny_config):
+    """All three runs are processes of their own, in the same environment, as they would be for a user."""
     flags = ("--max_train_steps", 60, "--checkpointing_steps", 1, "--checkpoints_total_limit", 3)
-    run(*flags, "--output_dir", "straight")
+    assert run_command(*flags, "--output_dir", "straight").returncode == 0
     process = start(tmp_path, tiny_config, *flags, "--output_dir", "killed")
     wait_for(tmp_path / "killed" / "checkpoint-2", process)
     time.sleep(random.uniform(0, 1.0))
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "model_index.json").exists(), "the run ended before it was killed"
-    run(*flags, "--output_dir", "killed", "--resume_from_checkpoint", "latest")
+    result = run_command(*flags, "--output_dir", "killed", "--resume_from_checkpoint", "latest")
+    assert "Resuming from killed/checkpoint-" in result.stderr
     assert_same_folder_weights(tmp_path / "straight" / "checkpoint-60", tmp_path / "killed" / "checkpoint-60")
     assert not list((tmp_path / "killed").glob("tmp-*"))
 

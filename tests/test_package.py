@@ -58,7 +58,7 @@ def test_readme_names_files_and_flags_that_exist(train_afm, capsys):
     commands = [line for line in re.findall(r"^accelerate launch .*?(?:\\\n.*)?$", text, re.MULTILINE)]
     assert len(commands) >= 5
     for command in commands:
-        assert set(re.findall(r"--[a-z_]+", command)) <= known, command
+        assert set(re.findall(r"--[a-z_0-9]+", command)) <= known, command
 
 
 def test_readme_use_a_model(run, monkeypatch, tmp_path):

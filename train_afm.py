@@ -239,7 +239,7 @@ def make_pipeline(transformer, vae, data: TrainingData, args) -> AdversarialFlow
 
 
 def print_next(args: argparse.Namespace, data: TrainingData) -> None:
-    label = "class_labels=7" if data.id2label else ""
+    label = "class_labels=0" if data.id2label else ""
     print(
         f"\nDone: {args.output_dir}/ holds the pipeline, samples.png, curves.png and results.json.\n"
         "What to run next:\n"

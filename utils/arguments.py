@@ -44,7 +44,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr_scheduler",
         type=str,
         default="constant",
-        choices=[s.value for s in SchedulerType if s != "piecewise_constant"],
+        choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
     )
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="In updates of the network concerned.")
     group.add_argument("--adam_beta1", type=float, default=0.0)

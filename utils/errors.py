@@ -15,6 +15,6 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\nerror: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # some errors happen on one rank alone, so that each rank reports its own
+        print(f"\nerror: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
         sys.exit(1)

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 
 
+SAMPLING = 1  # a third word keeps the noise of samples apart from the noise of training
+
+
 def sample_seeds(seed: int, update: int, positions: list[int]) -> list[int]:
     """One 64-bit seed for each of the `positions` of the global batch of `update`."""
     words = np.random.SeedSequence((seed, update)).generate_state(max(positions) + 1, np.uint64)
@@ -43,5 +46,5 @@ def draw_normals_and_uniforms(
 
 def numbered_generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
     """CPU generators for sampling: the noise of image i is a function of (seed, i) alone."""
-    states = [np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] for index in indices]
+    states = [np.random.SeedSequence((seed, index, SAMPLING)).generate_state(1, np.uint64)[0] for index in indices]
     return [torch.Generator().manual_seed(int(state) >> 1) for state in states]

@@ -78,6 +78,16 @@ def save_final(output_dir: str, pipeline: DiffusionPipeline, discriminator: torc
         ) from error
 
 
+def without_token(arguments: list[str]) -> list[str]:
+    """The command line without `--hub_token` and its value: the model card is public."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and not argument.startswith("--hub_token"):
+            kept.append(argument)
+        skip = argument == "--hub_token"
+    return kept
+
+
 def write_results(
     args, pipeline: DiffusionPipeline, evaluator: SampleEvaluator | None, log: MetricsLog, step: int, skipped: int
 ) -> None:
@@ -106,7 +116,7 @@ def write_results(
         write_model_card(
             args.output_dir,
             title=args.hub_model_id or folder.resolve().name,
-            command=f"accelerate launch {script} {shlex.join(sys.argv[1:])}".strip(),
+            command=f"accelerate launch {script} {shlex.join(without_token(sys.argv[1:]))}".strip(),
             pipeline=pipeline,
             flags=vars(args),
             results=results,

@@ -334,10 +334,13 @@ def test_push_uploads_the_final_folder(run, monkeypatch, tmp_path):
     uploads = []
     monkeypatch.setattr(hub, "create_repo", lambda name, **kwargs: type("Repo", (), {"repo_id": f"me/{name}"}))
     monkeypatch.setattr(hub, "upload_folder", lambda **kwargs: uploads.append(kwargs))
-    run("--push_to_hub", "--hub_private_repo", "--hub_token", "secret")
+    flags = ["--push_to_hub", "--hub_private_repo", "--hub_token", "secret"]
+    monkeypatch.setattr(sys, "argv", ["train_afm.py", *flags, "--hub_token=secret", "--seed", "0"])
+    run(*flags)
     assert uploads[0]["repo_id"] == "me/afm-digits" and "README.md" in uploads[0]["allow_patterns"]
     written = [p for p in (tmp_path / "afm-digits").rglob("*") if p.suffix in (".md", ".json", ".jsonl")]
     assert written and all("secret" not in p.read_text() for p in written)
+    assert "train_afm.py --push_to_hub --hub_private_repo --seed 0" in (tmp_path / "afm-digits/README.md").read_text()
 
 
 # --------------------------------------------------------------------------------------------------- other processes

@@ -25,6 +25,7 @@ setup(
         "huggingface_hub>=0.30",
         "matplotlib>=3.7",
         "numpy>=1.26",
+        "Pillow>=9.5",
         "safetensors>=0.4",
         "scikit-learn>=1.3",
         "tensorboard>=2.14",

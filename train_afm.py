@@ -25,12 +25,13 @@ from adversarial_flow.utils.arguments import (
     add_data_arguments,
     add_training_arguments,
     check_arguments,
+    check_range,
     parse_with_recipe,
     prepare_output_dir,
 )
-from adversarial_flow.utils.augmentation import augment
 from adversarial_flow.utils.checkpointing import (
     architecture,
+    belongs_to,
     clear_run,
     find_checkpoint,
     register_model_folders,
@@ -53,8 +54,9 @@ from adversarial_flow.utils.training import (
     exit_interrupted,
     frozen,
     make_accelerator,
-    mean_over_ranks,
+    mean_over_global_batch,
     memory_plan,
+    set_rates,
 )
 
 
@@ -104,13 +106,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse_with_recipe(parser, DIGITS_RECIPE, argv)
     check_arguments(args)
     for name in ("ttur", "repeats"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}.")
-    for name in ("lambda_ot", "lambda_gp", "lambda_cp"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name} must not be negative, not {getattr(args, name)}.")
-    if not 0 < args.gp_batch_ratio <= 1 or args.gp_epsilon <= 0:
-        raise InputError("--gp_batch_ratio must be in (0, 1] and --gp_epsilon positive.")
+        check_range(args, name, lowest=1)
+    for name in ("lambda_ot", "lambda_gp"):
+        check_range(args, name)
+        check_range(args, f"{name}_end")
+    for name in ("augmentation_probability", "augmentation_probability_end"):
+        check_range(args, name, highest=1)
+    for name in ("lambda_ot", "lambda_gp", "augmentation_probability"):
+        check_range(args, f"{name}_decay_steps", lowest=1)
+    for name in ("lambda_cp", "discriminator_learning_rate"):
+        check_range(args, name)
+    check_range(args, "gp_epsilon", open_ends=True)
+    if not 0 < args.gp_batch_ratio <= 1:
+        raise InputError(f"--gp_batch_ratio must be in (0, 1], not {args.gp_batch_ratio}.")
     if args.repeats > 1 and args.num_steps != 1:
         raise InputError("--repeats makes deep one-step models: it needs --num_steps 1.")
     if args.prediction_type is None:
@@ -136,7 +144,7 @@ def objective_weights(args: argparse.Namespace, step: int) -> dict[str, float]:
 
 def discriminator_update(accelerator, transformer, discriminator, optimizer, batches, args, weights, guard, step):
     """One update of D on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics, none if skipped."""
-    accumulation, total = args.gradient_accumulation_steps, {}
+    accumulation, rows = args.gradient_accumulation_steps, []
     for micro_step in range(accumulation):
         batch = next(batches)
         with torch.no_grad():
@@ -153,74 +161,68 @@ def discriminator_update(accelerator, transformer, discriminator, optimizer, bat
                 weights["augmentation_probability"],
             )
             accelerator.backward(loss / accumulation)
-        total = {name: total.get(name, 0) + value / accumulation for name, value in metrics.items()}
-    total = mean_over_ranks(accelerator, total)
+        rows.append(metrics)
+    metrics = mean_over_global_batch(accelerator, rows)
     grad_norm = accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm or math.inf)
-    skipped = guard.skips("discriminator", step, grad_norm, *total.values())
+    skipped = guard.skips("discriminator", step, grad_norm, *metrics.values())
     if not skipped:
         optimizer.step()
     optimizer.zero_grad()
-    return {} if skipped else {**total, "discriminator_grad_norm": grad_norm}
+    return {} if skipped else {**metrics, "discriminator_grad_norm": grad_norm}
 
 
 def generator_update(
     accelerator, transformer, discriminator, optimizer, batches, normalization, args, weights, guard, step
 ):
     """
-    One update of G on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics and whether it was made.
+    One update of G on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics, none if skipped.
 
     The adversarial gradient at G's output comes first, for all micro-batches, because its normalisation needs them
     all; then it enters G's backward together with the optimal-transport loss.
     """
-    accumulation, probability = args.gradient_accumulation_steps, weights["augmentation_probability"]
+    accumulation = args.gradient_accumulation_steps
     micro_batches = [next(batches) for _ in range(accumulation)]
-    gradients, total = [], {}
+    gradients, rows = [], []
     for batch in micro_batches:
         with torch.set_grad_enabled(accumulation == 1):  # with several micro-batches G runs again below
             fake = generate(transformer, batch, args.prediction_type)
-            augmented = augment(fake, batch.augmentation, probability)
         with frozen(discriminator), accelerator.no_sync(discriminator):
-            gradient, loss = adversarial_gradient(discriminator, batch, augmented, probability)
+            gradient, loss = adversarial_gradient(discriminator, batch, fake, weights["augmentation_probability"])
         gradients.append(gradient)
-        metrics = {"generator_loss": loss, "adversarial_grad_square": gradient_square(gradient)}
-        total = {name: total.get(name, 0) + value / accumulation for name, value in metrics.items()}
-    total = mean_over_ranks(accelerator, total)
-    square = total.pop("adversarial_grad_square")
+        rows.append({"generator_loss": loss, "adversarial_grad_square": gradient_square(gradient)})
+    metrics = mean_over_global_batch(accelerator, rows)
+    square = metrics.pop("adversarial_grad_square")
     if not torch.isfinite(square):  # it must not enter the average of the normalisation
         guard.skips("generator", step, square)
-        return {}, False
+        return {}
     scale = normalization.update(square)
 
-    transport_total = {}
+    rows = []
     for micro_step, (batch, gradient) in enumerate(zip(micro_batches, gradients)):
         last = micro_step == accumulation - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(transformer):
             if accumulation > 1:
                 fake = generate(transformer, batch, args.prediction_type)
-                augmented = augment(fake, batch.augmentation, probability)
             transport_loss = optimal_transport_loss(fake, batch.source, batch.weight)
             (transport_gradient,) = torch.autograd.grad(transport_loss, fake, retain_graph=True)
-            # The gradient of <augmented, constant> is the constant: the normalised adversarial gradient.
-            adversarial = (augmented * (gradient * scale)).sum()
+            # The gradient of <fake, constant> is the constant: the normalised adversarial gradient.
+            adversarial = (fake * (gradient * scale)).sum()
             accelerator.backward((adversarial + weights["lambda_ot"] * transport_loss) / accumulation)
-        metrics = {
-            "optimal_transport_loss": transport_loss,
-            "optimal_transport_grad_square": weights["lambda_ot"] ** 2 * gradient_square(transport_gradient),
-        }
-        transport_total = {n: transport_total.get(n, 0) + v.detach() / accumulation for n, v in metrics.items()}
-    transport_total = mean_over_ranks(accelerator, transport_total)
+        square_ot = weights["lambda_ot"] ** 2 * gradient_square(transport_gradient)
+        rows.append({"optimal_transport_loss": transport_loss, "optimal_transport_grad_square": square_ot})
+    metrics |= mean_over_global_batch(accelerator, rows)
     grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm or math.inf)
-    skipped = guard.skips("generator", step, grad_norm, *total.values(), *transport_total.values())
+    skipped = guard.skips("generator", step, grad_norm, *metrics.values())
     if not skipped:
         optimizer.step()
     optimizer.zero_grad()
     if skipped:
-        return {}, False
+        return {}
     # Both norms at G's output in the same unit; the normalised adversarial one fluctuates around 1.
-    total["adversarial_grad_norm_raw"] = square.sqrt()
-    total["adversarial_grad_norm"] = square.sqrt() * scale
-    total["optimal_transport_grad_norm"] = transport_total.pop("optimal_transport_grad_square").sqrt()
-    return {**total, **transport_total, "generator_grad_norm": grad_norm}, True
+    metrics["adversarial_grad_norm_raw"] = square.sqrt()
+    metrics["adversarial_grad_norm"] = square.sqrt() * scale
+    metrics["optimal_transport_grad_norm"] = metrics.pop("optimal_transport_grad_square").sqrt()
+    return {**metrics, "generator_grad_norm": grad_norm}
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -278,19 +280,22 @@ def main(argv: list[str] | None = None) -> None:
     with torch.device("meta"):
         sizes = make_networks(configs)
     if accelerator.is_main_process:
-        print(memory_plan(args, *sizes, data_size=len(data.dataset), processes=world_size))
+        print(memory_plan(args, accelerator, *sizes, vae, data_size=len(data.dataset)))
     if accelerator.mixed_precision == "bf16" and not all(config.get("qk_norm") for config in configs):
         logger.warning("bf16 without qk_norm in both networks' configs is known to be unstable.")
     if args.dry_run:
         return
+    architectures = {"transformer": architecture(sizes[0]), "discriminator": architecture(sizes[1])}
+    architectures["pipeline"] = {"num_steps": args.num_steps}
     resume = None
     if args.resume_from_checkpoint is not None:
-        expected = {name: architecture(model) for name, model in zip(("transformer", "discriminator"), sizes)}
-        resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir, expected)
+        resume = find_checkpoint(
+            args.resume_from_checkpoint, args.output_dir, architectures, overwrite=args.overwrite_output_dir
+        )
         if resume is None:
             logger.info(f"There is no checkpoint in {args.output_dir} yet: starting a new run.")
     if accelerator.is_main_process:
-        clear_run(args.output_dir, keep_checkpoints=args.resume_from_checkpoint is not None)
+        clear_run(args.output_dir, going_on=resume is not None and belongs_to(resume[0], args.output_dir))
     accelerator.wait_for_everyone()
     transformer, discriminator = make_networks(configs)
     if args.gradient_checkpointing:
@@ -331,13 +336,12 @@ def main(argv: list[str] | None = None) -> None:
         model_cls=AdversarialFlowTransformer2DModel,
         model_config=plain_transformer.config,
     )
-    normalization = GradientNormalization().to(accelerator.device)
+    normalization = GradientNormalization()
     nonfinite = NonFiniteGuard(args.max_skipped_updates)
     accelerator.register_for_checkpointing(scheduler_g, scheduler_d, normalization, nonfinite)
     register_model_folders(accelerator, {"transformer": transformer, "discriminator": discriminator}, ema)
     run_state = {
-        "architecture": {"transformer": architecture(plain_transformer)}
-        | {"discriminator": architecture(accelerator.unwrap_model(discriminator))},
+        "architecture": architectures,
         "updates_per_step": args.ttur + 1,
         "seed": args.seed,
         "global_batch": global_batch,
@@ -347,6 +351,9 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, state = resume
         accelerator.load_state(str(checkpoint))
         first_step = state["step"]
+        # Flags that were changed for the rest of the run go before the values in the checkpoint.
+        set_rates(optimizer_g, scheduler_g, args.learning_rate / args.repeats, **adam)
+        set_rates(optimizer_d, scheduler_d, args.discriminator_learning_rate, **adam)
         for key in ("updates_per_step", "seed", "global_batch"):
             if state[key] != run_state[key]:
                 logger.warning(f"{checkpoint.name} was made with {key} {state[key]}, this run has {run_state[key]}.")
@@ -398,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             scheduler_d.step()
             log.add(metrics, images=global_batch)
-        metrics, updated = generator_update(
+        metrics = generator_update(
             accelerator,
             transformer,
             discriminator,
@@ -411,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
             step,
         )
         scheduler_g.step()
-        if updated:
+        if metrics:  # the update was made
             ema.step(plain_transformer.parameters())
         log.add(metrics, images=global_batch)
         step += 1
@@ -420,7 +427,8 @@ def main(argv: list[str] | None = None) -> None:
         if step % args.logging_steps == 0 or step == args.max_train_steps:
             rates = {"learning_rate": scheduler_g.get_last_lr()[0]}
             rates["discriminator_learning_rate"] = scheduler_d.get_last_lr()[0]
-            row = log.flush(step, **weights, **rates, skipped_updates=nonfinite.total)
+            counts = {"skipped_updates": nonfinite.total, "broken_images": batches.broken.total(accelerator)}
+            row = log.flush(step, **weights, **rates, **counts)
             shown = {"D": "discriminator_loss", "G": "generator_loss", "OT": "optimal_transport_loss"}
             shown["samples/s"] = "samples_per_second"
             progress.set_postfix({name: row.get(key) for name, key in shown.items()})
@@ -438,6 +446,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_final(args.output_dir, pipeline, accelerator.unwrap_model(discriminator))
+    accelerator.wait_for_everyone()  # a rank that ends early would take the one that writes with it
+    interrupt.restore()
     if step < args.max_train_steps:
         accelerator.end_training()
         exit_interrupted(
@@ -450,7 +460,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.push_to_hub:
             push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
         print_next(args, data)
-    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -1,5 +1,9 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
-"""The discriminator of adversarial flow models: the generator's backbone with a [CLS] token and a scalar head."""
+"""The discriminator of adversarial flow models: the generator's backbone with a [CLS] token and a scalar head.
+
+It shares that backbone with `transformer_adversarial_flow.py`. Pipelines never need a discriminator, so that only the
+generator's file has to stand alone on the Hub.
+"""
 
 from dataclasses import dataclass
 

@@ -39,7 +39,8 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         transformer ([`AdversarialFlowTransformer2DModel`]): The generator.
         scheduler ([`FlowMapEulerDiscreteScheduler`]): Makes the steps of a model that predicts velocities.
         vae ([`AutoencoderKL`], *optional*): Decodes latents to images; without it the model works in pixels.
-        id2label (`dict`, *optional*): The name of each class id; several names of one class are separated by commas.
+        id2label (`dict`, *optional*): The name of each class id; several names of one class are separated by commas
+            (each of them, and all together, can be asked for).
         num_steps (`int`, *optional*, defaults to 1): The number of steps trained for; `None` means any number.
     """
 
@@ -60,6 +61,7 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         id2label = {int(index): str(name) for index, name in (id2label or {}).items()}
         self.register_to_config(id2label=id2label, num_steps=num_steps)
         self.labels = {name.strip(): index for index, names in id2label.items() for name in names.split(",")}
+        self.labels.update({name: index for index, name in id2label.items()})
         vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)
 

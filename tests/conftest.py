@@ -83,7 +83,7 @@ def run_command(tmp_path, tiny_config):
         if launch is not None:
             command += ["-m", "accelerate.commands.accelerate_cli", "launch", *launch]
         command += [str(ROOT / "train_afm.py"), "--model_config_name_or_path", tiny_config, *TINY_FLAGS]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(
             [*command, *map(str, flags)],
             cwd=tmp_path,

@@ -1,6 +1,7 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
 """One update of the adversarial flow objective: its batch, the discriminator's loss, the generator's gradient."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class FlowBatch:
     class_labels: torch.Tensor | None  # (B,)
     penalty_noise: torch.Tensor  # (2, B, C, H, W), for R1 and R2
     penalised: torch.Tensor  # (P,), indices of the samples that R1 and R2 look at
-    penalty_share: float  # P / (ratio * B): 1 on average, so that micro-batches of any size add up
+    penalty_share: float  # P/B here over P/B of the global batch: averages over micro-batches and ranks add up
     augmentation: torch.Tensor  # (B, NUM_AUGMENTATION_UNIFORMS)
 
 
@@ -92,8 +93,10 @@ class FlowBatches:
             images = encode_latents(self.vae, images, normals[4])
 
         timestep, r_timestep = step_times(self.num_steps, uniforms[:, :2])
-        ratio = self.penalty_ratio
-        penalised = [i for i, p in enumerate(positions) if int((p + 1) * ratio) > int(p * ratio)]
+        # The penalised positions are spread evenly over the global batch, at least one of them.
+        global_batch = self.sampler.global_batch
+        count = math.ceil(round(self.penalty_ratio * global_batch, 6))
+        penalised = [i for i, p in enumerate(positions) if (p + 1) * count // global_batch > p * count // global_batch]
         return FlowBatch(
             source=interpolate(images, normals[0], timestep),
             target=interpolate(images, normals[1], r_timestep),
@@ -103,7 +106,7 @@ class FlowBatches:
             class_labels=batch["label"].to(self.device) if self.conditional else None,
             penalty_noise=normals[2:4],
             penalised=torch.tensor(penalised, dtype=torch.long, device=self.device),
-            penalty_share=len(penalised) / (ratio * len(positions)) if penalised else 0.0,
+            penalty_share=(len(penalised) / len(positions)) / (count / global_batch),
             augmentation=uniforms[:, 3:],
         )
 
@@ -175,18 +178,19 @@ def discriminator_loss(
 
 
 def adversarial_gradient(
-    discriminator: torch.nn.Module, batch: FlowBatch, augmented_fake: torch.Tensor, augmentation_probability: float
+    discriminator: torch.nn.Module, batch: FlowBatch, fake: torch.Tensor, augmentation_probability: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The gradient of L_adv^G at the (augmented) output of the generator, before normalisation, and the loss itself.
+    The gradient of L_adv^G at the output `fake` of the generator, before normalisation, and the loss itself.
 
     The discriminator gets no gradients; the caller may freeze it to save memory.
     """
+    fake = fake.detach().requires_grad_()
+    augmented_fake = augment(fake, batch.augmentation, augmentation_probability)
     real = augment(batch.target, batch.augmentation, augmentation_probability)
     with torch.no_grad():  # no gradient flows through the real samples: a forward without a graph is enough
         logits_real = discriminator(real, batch.r_timestep, batch.class_labels, return_dict=False)[0]
-    augmented_fake = augmented_fake.detach().requires_grad_()
     logits_fake = discriminator(augmented_fake, batch.r_timestep, batch.class_labels, return_dict=False)[0]
     loss = generator_adversarial_loss(logits_real, logits_fake)
-    (gradient,) = torch.autograd.grad(loss, augmented_fake)
+    (gradient,) = torch.autograd.grad(loss, fake)
     return gradient, loss.detach()

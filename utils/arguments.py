@@ -3,12 +3,14 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
 from diffusers.optimization import SchedulerType
 
+from adversarial_flow.utils.checkpointing import holds_run, list_checkpoints
 from adversarial_flow.utils.errors import InputError
 
 
@@ -23,7 +25,18 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache_dir", type=str, help="Where `datasets` keeps its files.")
     group.add_argument("--resolution", type=int, help="Images are resized and cropped to this size (default 64).")
     group.add_argument("--channels", type=int, default=3, choices=(1, 3), help="Train on grey (1) or RGB (3) images.")
-    group.add_argument("--random_flip", action="store_true", help="Mirror images at random, with probability 1/2.")
+    group.add_argument(
+        "--random_flip",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Mirror images at random, with probability 1/2.",
+    )
+    group.add_argument(
+        "--allow_upscaling",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Enlarge images that are smaller than --resolution (ImageNet has some) rather than refuse them.",
+    )
     group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that load data.")
     group.add_argument("--vae", type=str, help="Train on the latents of this AutoencoderKL (folder or Hub id).")
 
@@ -56,7 +69,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--ema_decay", type=float, default=0.9999, help="Of the generator's average, per update.")
     group.add_argument("--mixed_precision", type=str, choices=("no", "fp16", "bf16"), help="Default: accelerate's.")
-    group.add_argument("--allow_tf32", action="store_true", help="Use TF32 on GPUs, as the published runs did.")
+    group.add_argument(
+        "--allow_tf32",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Use TF32 on GPUs, as the published runs did.",
+    )
     group.add_argument("--gradient_checkpointing", action="store_true", help="Trade compute for memory.")
     group.add_argument("--compile", action="store_true", help="Run the generator through torch.compile.")
     group.add_argument("--max_skipped_updates", type=int, default=10, help="Non-finite updates in a row that end it.")
@@ -111,21 +129,39 @@ def parse_with_recipe(parser: argparse.ArgumentParser, default_recipe: Path | No
     return args
 
 
+def check_range(
+    args: argparse.Namespace, name: str, lowest: float = 0, highest: float = math.inf, open_ends: bool = False
+) -> None:
+    """Raises an `InputError` if the flag is given and is not a finite number in the range."""
+    value = getattr(args, name)
+    if value is None:
+        return
+    inside = lowest < value < highest if open_ends else lowest <= value <= highest
+    if not (inside and math.isfinite(value)):
+        if math.isfinite(highest):
+            wanted = f"be between {lowest} and {highest}"
+        else:
+            wanted = "be positive" if open_ends else "not be negative" if lowest == 0 else f"be at least {lowest}"
+        raise InputError(f"--{name} must {wanted}, not {value}.")
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """
     Raises an `InputError` for values of the shared flags that can't work, and derives what depends on others.
     """
-    positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
-    positive += ("validation_steps", "logging_steps", "max_skipped_updates")
-    for name in positive:
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}.")
-    if args.resolution is not None and args.resolution < 1:
-        raise InputError(f"--resolution must be at least 1, not {args.resolution}.")
+    at_least_one = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
+    at_least_one += ("validation_steps", "logging_steps", "max_skipped_updates", "resolution")
+    for name in at_least_one:
+        check_range(args, name, lowest=1)
+    for name in ("seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers"):
+        check_range(args, name)
+    check_range(args, "adam_epsilon", open_ends=True)
+    check_range(args, "max_grad_norm", open_ends=True)
+    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name} must be in [0, 1), not {getattr(args, name)}.")
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
         raise InputError("--checkpoints_total_limit must be at least 1; leave it out to keep all checkpoints.")
-    if not 0 <= args.ema_decay < 1:
-        raise InputError(f"--ema_decay must be in [0, 1), not {args.ema_decay}.")
     on_digits = args.train_data_dir is None and args.dataset_name is None
     if args.output_dir is None:
         args.output_dir = "afm-digits" if on_digits else "afm-model"
@@ -144,11 +180,18 @@ def prepare_output_dir(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: this is a file, name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
-        raise InputError(
-            f"--output_dir {folder} holds another run or other files. Continue it with --resume_from_checkpoint "
-            "latest, remove it with --overwrite_output_dir, or choose another folder."
-        )
+    can_resume = args.resume_from_checkpoint and (holds_run(folder) or list_checkpoints(folder))
+    if folder.is_dir() and any(folder.iterdir()) and not can_resume:
+        if not args.overwrite_output_dir:
+            raise InputError(
+                f"--output_dir {folder} holds another run or other files. Continue it with --resume_from_checkpoint "
+                "latest, remove it with --overwrite_output_dir, or choose another folder."
+            )
+        if not holds_run(folder):
+            raise InputError(
+                f"--output_dir {folder} holds files that no training script has written, and --overwrite_output_dir "
+                "removes runs only: choose another folder."
+            )
     if args.dry_run:
         return
     try:

@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 TEMPORARY_PREFIX = "tmp-checkpoint-"
-RUN_FILES = ("model_index.json", "results.json", "metrics.jsonl", "samples.png", "curves.png", "README.md", "logs")
-RUN_FILES += ("transformer", "discriminator", "scheduler", "vae")
+METRICS_FILE = "metrics.jsonl"
+RUN_FILES = ("model_index.json", "results.json", METRICS_FILE, "samples.png", "curves.png", "README.md", "logs")
+WEIGHTS = ("transformer", "discriminator", "vae")
+RUN_FILES += (*WEIGHTS, "scheduler")
 # Config entries that do not describe the architecture.
 IGNORED_CONFIG_KEYS = ("_name_or_path", "_class_name", "_diffusers_version", "_use_default_values")
 
@@ -38,7 +40,12 @@ def architecture(model: torch.nn.Module) -> dict:
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The `checkpoint-N` folders, oldest first."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted((p for p in folders if p.is_dir()), key=lambda p: int(p.name.split("-")[1]))
+    return sorted((p for p in folders if p.is_dir()), key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """N of `checkpoint-N`."""
+    return int(folder.name.split("-")[1])
 
 
 def register_model_folders(accelerator: Accelerator, models: dict[str, torch.nn.Module], ema: EMAModel) -> None:
@@ -56,7 +63,8 @@ def register_model_folders(accelerator: Accelerator, models: dict[str, torch.nn.
             model = accelerator.unwrap_model(model)
             model.load_state_dict(type(model).from_pretrained(os.path.join(input_dir, name)).state_dict())
         loaded = EMAModel.from_pretrained(os.path.join(input_dir, "transformer_ema"), ema.model_cls)
-        ema.load_state_dict(loaded.state_dict())
+        # The decay of this run's flags goes before the one in the checkpoint.
+        ema.load_state_dict(loaded.state_dict() | {"decay": ema.decay, "min_decay": ema.min_decay})
         ema.to(accelerator.device)
         unused_models.clear()
 
@@ -70,6 +78,9 @@ def save_checkpoint(
     """
     Writes `checkpoint-{step}` and then removes the oldest ones over `total_limit`. Called on all ranks.
 
+    A checkpoint with a higher number belongs to a branch that this run has left (it resumed from an earlier one, or
+    the later one was damaged): it goes first and is never counted as one of those that are kept.
+
     Args:
         state (`dict`): JSON values that [`find_checkpoint`] gives back; `"architecture"` is compared on resuming.
 
@@ -81,7 +92,7 @@ def save_checkpoint(
     error = None
     if accelerator.is_main_process:
         # Makes room first, as diffusers' examples do, but never at the price of the last checkpoint.
-        _rotate(output_dir, max(total_limit - 1, 1) if total_limit is not None else None)
+        _rotate(output_dir, step - 1, max(total_limit - 1, 1) if total_limit is not None else None)
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
@@ -97,39 +108,45 @@ def save_checkpoint(
             if final.exists():
                 shutil.rmtree(final)
             os.replace(temporary, final)
-            _rotate(output_dir, total_limit)
+            _rotate(output_dir, step, total_limit)
         except OSError as exception:
             error = exception
     failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), reduction="sum")
     if failed != 0:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
-        kept = list_checkpoints(output_dir)
+        kept, _ = newest_whole_checkpoint(output_dir) or (None, None)
         raise InputError(
             f"--output_dir {output_dir}: checkpoint {step} could not be written ({error or 'on another rank'}). Make "
-            f"room on the disk and resume from {kept[-1].name if kept else 'the start: there is no checkpoint yet'}."
+            f"room on the disk and resume from {kept.name if kept else 'the start: there is no checkpoint yet'}."
         )
     return final
 
 
-def _rotate(output_dir: str | Path, keep: int | None) -> None:
-    if keep is not None:
-        for folder in list_checkpoints(output_dir)[: -keep or None]:
-            logger.info(f"Removing {folder} (--checkpoints_total_limit).")
-            shutil.rmtree(folder, ignore_errors=True)
+def _rotate(output_dir: str | Path, step: int, keep: int | None) -> None:
+    """Removes checkpoints of steps after `step`, and the oldest of the others until `keep` are left (`None`: all)."""
+    checkpoints = list_checkpoints(output_dir)
+    stale = [folder for folder in checkpoints if checkpoint_step(folder) > step]
+    valid = [folder for folder in checkpoints if checkpoint_step(folder) <= step]
+    for folder in stale:
+        logger.warning(f"Removing {folder}: this run went on from an earlier checkpoint.")
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in valid[:-keep] if keep is not None else []:
+        logger.info(f"Removing {folder} (--checkpoints_total_limit).")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear_run(output_dir: str | Path, keep_checkpoints: bool) -> None:
+def clear_run(output_dir: str | Path, going_on: bool) -> None:
     """
-    Removes what an earlier run left in `output_dir`: half-written checkpoints always, and unless `keep_checkpoints`
-    its checkpoints, weights, pictures and logs. Files that no run writes stay.
+    Removes what an earlier run left in `output_dir`: half-written checkpoints always, and unless this run is
+    `going_on` from one there, its checkpoints, weights, pictures and logs. Files that no run writes stay.
     """
     folder = Path(output_dir)
     leftovers = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
-    if not keep_checkpoints:
+    if not going_on and holds_run(folder):
         leftovers += list_checkpoints(folder) + [folder / name for name in RUN_FILES]
     for path in leftovers:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -153,40 +170,79 @@ def read_checkpoint(folder: Path) -> dict:
     return state
 
 
-def find_checkpoint(resume_from: str, output_dir: str, expected_architecture: dict) -> tuple[Path, dict] | None:
+def newest_whole_checkpoint(output_dir: str | Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint that is not damaged and its state; damaged ones on the way to it are named in the log."""
+    for folder in reversed(list_checkpoints(output_dir)):
+        try:
+            return folder, read_checkpoint(folder)
+        except InputError as error:
+            logger.warning(f"Skipping a damaged checkpoint: {error}")
+    return None
+
+
+def find_checkpoint(
+    resume_from: str, output_dir: str | Path, expected_architecture: dict, overwrite: bool = False
+) -> tuple[Path, dict] | None:
     """
     The checkpoint to resume from and its state; `None` when `"latest"` is asked for and there is none yet.
 
     `"latest"` falls back to the newest checkpoint that is whole, and says so; a path must be whole.
 
+    Args:
+        expected_architecture (`dict`): What must agree, part by part: [`architecture`] of each network, and more.
+        overwrite (`bool`): Whether other results in `output_dir` may be lost.
+
     Raises:
-        InputError: if a named checkpoint is missing or damaged, or belongs to another architecture.
+        InputError: if a named checkpoint is missing or damaged, or belongs to another architecture; and, without
+            `overwrite`, if going on from it would replace later checkpoints, weights or another run in `output_dir`.
     """
+    remedy = "Add --overwrite_output_dir to discard that, or choose another --output_dir."
     if resume_from == "latest":
-        found = None
-        for folder in reversed(list_checkpoints(output_dir)):
-            try:
-                found = folder, read_checkpoint(folder)
-                break
-            except InputError as error:
-                logger.warning(f"Skipping a damaged checkpoint: {error}")
+        found = newest_whole_checkpoint(output_dir)
         if found is None:
+            held = [p.name for p in list_checkpoints(output_dir)] + _existing(output_dir, WEIGHTS)
+            if held and not overwrite:
+                raise InputError(
+                    f"--resume_from_checkpoint latest: {output_dir} has {', '.join(held)}, but no checkpoint that is "
+                    f"whole, and a new run would replace them. {remedy}"
+                )
             return None
+        folder, state = found
     else:
         folder = Path(resume_from)
         if not folder.is_dir() and (Path(output_dir) / folder).is_dir():
             folder = Path(output_dir) / folder
         if not folder.is_dir():
             raise InputError(f"--resume_from_checkpoint {resume_from}: there is no such folder.")
-        found = folder, read_checkpoint(folder)
-    folder, state = found
-    for network, expected in expected_architecture.items():
-        saved = state["architecture"].get(network, {})
+        state = read_checkpoint(folder)
+        replaced = [p.name for p in list_checkpoints(output_dir) if checkpoint_step(p) > state["step"]]
+        if not belongs_to(folder, output_dir):
+            replaced = [p.name for p in list_checkpoints(output_dir)] + _existing(output_dir, RUN_FILES)
+        if replaced and not overwrite:
+            raise InputError(
+                f"--resume_from_checkpoint {resume_from}: going on from there would replace {', '.join(replaced)} in "
+                f"--output_dir {output_dir}. {remedy}"
+            )
+    for part, expected in expected_architecture.items():
+        saved = state["architecture"].get(part, {})
         different = [key for key in {**saved, **expected} if saved.get(key) != expected.get(key)]
         if different:
             changes = ", ".join(f"{key} {saved.get(key)} -> {expected.get(key)}" for key in different[:5])
             raise InputError(
-                f"--resume_from_checkpoint {folder}: its {network} has another architecture ({changes}). Pass the "
+                f"--resume_from_checkpoint {folder}: its {part} has another architecture ({changes}). Pass the "
                 "flags of that run, or another --output_dir."
             )
     return folder, state
+
+
+def belongs_to(checkpoint: Path, output_dir: str | Path) -> bool:
+    return checkpoint.resolve().parent == Path(output_dir).resolve()
+
+
+def _existing(output_dir: str | Path, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if (Path(output_dir) / name).exists()]
+
+
+def holds_run(output_dir: str | Path) -> bool:
+    """Whether a training script has written to this folder (the log of its metrics is its first file)."""
+    return (Path(output_dir) / METRICS_FILE).exists()

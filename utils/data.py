@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import functional as TF
@@ -21,6 +22,7 @@ from adversarial_flow.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what a broken file makes Pillow raise
 CHECKED_IMAGES = 1000  # how many images, evenly spread, are looked at before training starts
 MAX_BROKEN_SHARE = 0.01  # more broken images than this share of the data set (and more than 10) end the run
 
@@ -45,8 +47,14 @@ def load_training_data(args) -> TrainingData:
     if args.image_column not in dataset.column_names:
         raise InputError(_missing_column("--image_column", args.image_column, dataset))
     dataset, id2label = _encode_labels(dataset, args)
-    dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
-    images = ImageDataset(dataset, args.image_column, args.label_column, args.resolution, args.channels)
+    try:
+        dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        kind = dataset.features[args.image_column]
+        raise InputError(f"--image_column {args.image_column}: this column holds {kind}, not images.") from error
+    images = ImageDataset(
+        dataset, args.image_column, args.label_column, args.resolution, args.channels, args.allow_upscaling
+    )
     images.check()
     return TrainingData(images, id2label, args.channels, args.resolution)
 
@@ -86,7 +94,15 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.BICUBIC)
-    return TF.center_crop(image, [size, size])
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def convert(image: Image.Image, channels: int) -> Image.Image:
+    """Grey (1) or RGB (3) with 8 bits; of 16-bit grey images the upper 8 bits, where Pillow would saturate."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 class ImageDataset(Dataset):
@@ -96,9 +112,17 @@ class ImageDataset(Dataset):
     A broken or too small image is replaced by the next good one; `broken` then says what was skipped.
     """
 
-    def __init__(self, dataset, image_column: str, label_column: str | None, resolution: int, channels: int):
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_column: str,
+        label_column: str | None,
+        resolution: int,
+        channels: int,
+        allow_upscaling: bool = False,
+    ):
         self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
-        self.resolution, self.channels = resolution, channels
+        self.resolution, self.channels, self.allow_upscaling = resolution, channels, allow_upscaling
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -110,23 +134,30 @@ class ImageDataset(Dataset):
             try:
                 image = self._open(row)
                 image.load()
-                if min(image.size) < self.resolution:
+                if self._too_small(image):
                     raise OSError(f"{image.size[0]}x{image.size[1]} is smaller than {self.resolution} pixels")
-                image = center_crop(image.convert("L" if self.channels == 1 else "RGB"), self.resolution)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                image = center_crop(convert(image, self.channels), self.resolution)
+            except UNREADABLE as error:
                 broken.append(f"{self._name(row, index + offset)}: {error}")
                 continue
             label = row[self.label_column] if self.label_column else 0
             tensor = TF.pil_to_tensor(image).float() / 127.5 - 1  # (C, H, W)
             return {"image": tensor, "label": int(label), "broken": "\n".join(broken)}
-        raise InputError("--train_data_dir / --dataset_name: not one image of the data set can be read.")
+        # Not one image can be read. The counter ends the run, in the main process, where an error is one line.
+        image = torch.zeros(self.channels, self.resolution, self.resolution)
+        return {"image": image, "label": 0, "broken": "\n".join(broken)}
 
     def _open(self, row: dict) -> Image.Image:
         value = row[self.image_column]
+        if value is None:
+            raise OSError("the image is missing (null)")
         return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
 
     def _name(self, row: dict, index: int) -> str:
-        return row[self.image_column]["path"] or f"row {index % len(self)}"
+        return (row[self.image_column] or {}).get("path") or f"row {index % len(self)}"
+
+    def _too_small(self, image: Image.Image) -> bool:
+        return min(image.size) < self.resolution and not self.allow_upscaling
 
     def check(self) -> None:
         """Looks at the headers of up to 1,000 images: refuses small ones, says once when modes are converted."""
@@ -137,13 +168,14 @@ class ImageDataset(Dataset):
             row = self.dataset[int(index)]
             try:
                 image = self._open(row)
-            except (OSError, SyntaxError, ValueError):
+            except UNREADABLE:
                 continue  # counted and logged when its turn comes in training
             readable += 1
-            if min(image.size) < self.resolution:
+            if self._too_small(image):
                 raise InputError(
                     f"--resolution {self.resolution}: {self._name(row, int(index))} is only {image.width}x"
-                    f"{image.height} pixels. Lower --resolution or remove the small images."
+                    f"{image.height} pixels. Lower --resolution, remove the small images, or enlarge them with "
+                    "--allow_upscaling."
                 )
             converted += image.mode != mode
         if readable == 0:
@@ -164,8 +196,11 @@ def _load_image_dataset(args) -> datasets.Dataset:
     value = args.train_data_dir or args.dataset_name
     try:
         if args.dataset_name is not None and os.path.isfile(os.path.join(source, "dataset_info.json")):
-            return datasets.load_from_disk(source)
-        dataset = datasets.load_dataset(source, split=args.dataset_split, cache_dir=args.cache_dir, **kwargs)
+            dataset = datasets.load_from_disk(source)
+        else:
+            dataset = datasets.load_dataset(source, split=args.dataset_split, cache_dir=args.cache_dir, **kwargs)
+    except IndexError as error:  # what `load_from_disk` makes of a data set without rows
+        raise InputError(f"{flag} {value}: the data set is empty.") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{flag} {value}: no images could be loaded ({reason}).") from error
@@ -187,20 +222,21 @@ def _encode_labels(dataset: datasets.Dataset, args) -> tuple[datasets.Dataset, d
     if args.label_column is None:
         return dataset, {}
     feature = dataset.features[args.label_column]
-    if not isinstance(feature, datasets.ClassLabel):
+    try:
         values = dataset.unique(args.label_column)
+    except (TypeError, ValueError, NotImplementedError) as error:  # a list, an image, ...
+        raise InputError(
+            f"--label_column {args.label_column}: this column holds {feature}, not one label for each image."
+        ) from error
+    if any(value is None or value == -1 for value in values):
+        raise InputError(f"--label_column {args.label_column}: some images have no label; filter them out.")
+    if not isinstance(feature, datasets.ClassLabel):
         if all(isinstance(value, int) for value in values):
             if min(values) < 0:
                 raise InputError(f"--label_column {args.label_column}: the label {min(values)} is negative.")
             return dataset, {i: str(i) for i in range(max(values) + 1)}
-        if any(value is None for value in values):
-            raise InputError(f"--label_column {args.label_column}: some images have no label.")
         dataset = dataset.class_encode_column(args.label_column)
-        feature = dataset.features[args.label_column]
-    labels = dataset.unique(args.label_column)
-    if min(labels) < 0:
-        raise InputError(f"--label_column {args.label_column}: some images have no label (-1); filter them out.")
-    return dataset, dict(enumerate(feature.names))
+    return dataset, dict(enumerate(dataset.features[args.label_column].names))
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -262,7 +298,7 @@ class BrokenSampleCounter:
     """Logs and counts the skipped images, and ends the run when they are more than 1% of the data set (and 10)."""
 
     def __init__(self, length: int):
-        self.limit, self.count = max(10, int(MAX_BROKEN_SHARE * length)), 0
+        self.limit, self.count = min(max(10, int(MAX_BROKEN_SHARE * length)), length - 1), 0
         self._seen = set()
 
     def add(self, broken: list[str]) -> None:
@@ -271,6 +307,11 @@ class BrokenSampleCounter:
                 continue
             self._seen.add(line)
             self.count += 1
-            logger.warning(f"Skipped a broken image ({self.count} so far): {line}")
+            # An error and not a warning: the log of the other ranks starts there.
+            logger.error(f"Skipped a broken image ({self.count} so far): {line}")
         if self.count > self.limit:
             raise InputError(f"{self.count} broken images, more than {self.limit}: clean the data set (see the log).")
+
+    def total(self, accelerator: Accelerator) -> int:
+        """The count of all ranks. Called on all of them."""
+        return int(accelerator.reduce(torch.tensor(float(self.count), device=accelerator.device), reduction="sum"))

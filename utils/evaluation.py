@@ -4,6 +4,8 @@
 The classifier is trained on the data set itself. Its distances are not Inception FIDs and are never called so.
 """
 
+import hashlib
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -115,12 +117,16 @@ def evaluate_images(
     return {"class_accuracy": accuracy, "frechet_distance": distance}, features
 
 
-def sample_images(pipeline, labels: list[int] | None, count: int, seed: int, batch_size: int = 500) -> torch.Tensor:
+PIXELS_PER_CALL = 2**21  # 32 images of 256 x 256
+
+
+def sample_images(pipeline, labels: list[int] | None, count: int, seed: int) -> torch.Tensor:
     """
     `count` images of shape `(count, C, H, W)` in [0, 1] on the CPU, for `labels` or of an unconditional pipeline.
     The noise of image i depends on (seed, i) alone.
     """
-    images = []
+    side = pipeline.transformer.config.sample_size * pipeline.image_processor.config.vae_scale_factor
+    images, batch_size = [], max(1, min(500, PIXELS_PER_CALL // side**2))
     for start in range(0, count, batch_size):
         indices = range(start, min(start + batch_size, count))
         inputs = {"batch_size": len(indices)} if labels is None else {"class_labels": [labels[i] for i in indices]}
@@ -144,6 +150,7 @@ class SampleEvaluator:
     )
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        self.reference_sha256 = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
         self.classifier = train_small_classifier(images, labels)
         self.real_features = self.classifier.features(images)
         self.num_classes = self.classifier.classifier.out_features
@@ -174,6 +181,8 @@ class SampleEvaluator:
             "metrics": metrics,
             "note": self.NOTE,
             "num_images": len(features),
+            "extractor": "small classifier trained on the training images",
             "reference": f"{len(self.real_features)} training images",
+            "reference_sha256": self.reference_sha256,
             "evaluation_seed": EVALUATION_SEED,
         }

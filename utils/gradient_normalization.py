@@ -28,6 +28,8 @@ class GradientNormalization(nn.Module):
     factor is asked for once for each generator update, after the squares of all its micro-batches and processes have
     been averaged; 1 / accumulation is applied to the result, so that it does not cancel.
 
+    The state stays on the CPU in float64, which some accelerators do not have.
+
     Args:
         decay (`float`, defaults to 0.9): Decay of the average, the second Adam beta in the paper.
         eps (`float`, defaults to 1e-8): Keeps the factor finite for a vanishing gradient.
@@ -43,6 +45,6 @@ class GradientNormalization(nn.Module):
     def update(self, square: torch.Tensor) -> torch.Tensor:
         """Takes the mean square of one update into the average and returns the factor 1 / (sqrt(v) + eps)."""
         self.num_updates += 1
-        self.square_avg.lerp_(square.to(self.square_avg), 1 - self.decay)
+        self.square_avg.lerp_(square.cpu().to(self.square_avg), 1 - self.decay)
         corrected = self.square_avg / (1 - self.decay ** self.num_updates.double())
-        return (1 / (corrected.sqrt() + self.eps)).to(square.dtype)
+        return (1 / (corrected.sqrt() + self.eps)).to(square.dtype).to(square.device)

@@ -82,15 +82,15 @@ def upload_command(repo_id: str, output_dir: str) -> str:
     return f"hf upload {repo_id} {output_dir} . --exclude 'checkpoint-*' --exclude 'logs/*'"
 
 
-def push_to_hub(output_dir: str, repo_id: str | None, token: str | None, private: bool) -> str | None:
+def push_to_hub(output_dir: str, repo_id: str | None, token: str | None, private: bool) -> None:
     """
-    Uploads the final folder without its checkpoints and logs; the address, or `None` if the upload failed. A failure
-    is logged with the command that uploads later; it never costs what was trained.
+    Uploads the final folder without its checkpoints and logs. A failure is logged with the command that uploads
+    later; it never costs what was trained.
     """
     repo_id = repo_id or Path(output_dir).resolve().name
     try:
         repo_id = create_repo(repo_id, exist_ok=True, token=token, private=private).repo_id
-        commit = upload_folder(
+        upload_folder(
             repo_id=repo_id,
             folder_path=output_dir,
             token=token,
@@ -103,6 +103,5 @@ def push_to_hub(output_dir: str, repo_id: str | None, token: str | None, private
             f"The upload failed ({reason}). Everything is in {output_dir}; upload it later with: "
             f"{upload_command(repo_id, output_dir)}"
         )
-        return None
-    logger.info(f"Uploaded to {commit.repo_url if hasattr(commit, 'repo_url') else repo_id}.")
-    return repo_id
+    else:
+        logger.info(f"Uploaded to {repo_id}.")

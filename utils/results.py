@@ -1,6 +1,7 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
 """What a run leaves for people: grids while it goes on; weights, pictures, `results.json`, model card at the end."""
 
+import hashlib
 import json
 import logging
 import shlex
@@ -13,8 +14,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 
+from adversarial_flow.pipelines.pipeline_adversarial_flow import ANY_STEP_DEFAULT
 from adversarial_flow.utils.errors import InputError
 from adversarial_flow.utils.evaluation import SampleEvaluator, sample_images
 from adversarial_flow.utils.hub import write_model_card
@@ -63,7 +66,6 @@ def validate(
             logger.error(f"The validation at step {step} failed: {error!r}")
         finally:
             ema.restore(parameters)
-    accelerator.wait_for_everyone()
 
 
 def save_final(output_dir: str, pipeline: DiffusionPipeline, discriminator: torch.nn.Module) -> None:
@@ -88,6 +90,10 @@ def without_token(arguments: list[str]) -> list[str]:
     return kept
 
 
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None  # large models are sharded
+
+
 def write_results(
     args, pipeline: DiffusionPipeline, evaluator: SampleEvaluator | None, log: MetricsLog, step: int, skipped: int
 ) -> None:
@@ -100,8 +106,11 @@ def write_results(
         sample_grid(pipeline, args.seed).save(folder / "samples.png")
         results = {
             "steps": step,
-            "num_inference_steps": pipeline.config.num_steps or "any",
+            "sampler": type(pipeline.scheduler).__name__,
+            "num_inference_steps": pipeline.config.num_steps or f"any (scored with {ANY_STEP_DEFAULT})",
+            "guidance_scale": None,
             "weights": f"EMA {args.ema_decay}",
+            "weights_sha256": _sha256(folder / "transformer" / SAFETENSORS_WEIGHTS_NAME),
             "training_seed": args.seed,
             "skipped_updates": skipped,
             "versions": {m.__name__: m.__version__ for m in (torch, accelerate, diffusers)},

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -29,6 +30,7 @@ from adversarial_flow.utils.errors import InputError
 logger = get_logger(__name__)
 
 TESTED_DISTRIBUTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+UNTESTED_LAUNCHES = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
 
 
 def make_accelerator(args) -> Accelerator:
@@ -42,6 +44,9 @@ def make_accelerator(args) -> Accelerator:
         raise InputError("--mixed_precision fp16: adversarial gradients under- and overflow in fp16; use bf16 or no.")
     if args.report_to == "wandb" and not is_wandb_available():
         raise InputError("--report_to wandb: wandb is not installed; run pip install wandb or use another tracker.")
+    for name, kind in UNTESTED_LAUNCHES.items():  # accelerate itself fails with them where they are not installed
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true":
+            raise InputError(_refusal(kind))
     # Several processes on a machine without GPU talk by gloo; accelerate has to be told that this is meant.
     processes_on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
     accelerator = Accelerator(
@@ -58,10 +63,7 @@ def make_accelerator(args) -> Accelerator:
             "`accelerate config` again."
         )
     if accelerator.distributed_type not in TESTED_DISTRIBUTED_TYPES:
-        raise InputError(
-            f"accelerate is configured for {accelerator.distributed_type.value}: training two networks with it is not "
-            "tested and therefore refused. Use plain multi-GPU (DDP), for instance configs/accelerate/8_gpus.yaml."
-        )
+        raise InputError(_refusal(accelerator.distributed_type.value))
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if (
         launched
@@ -69,8 +71,9 @@ def make_accelerator(args) -> Accelerator:
         and accelerator.num_processes == 1
         and torch.get_num_threads() == 1
     ):
-        # `accelerate launch` gives a process one thread, which is meant for several processes on a machine.
-        torch.set_num_threads(os.cpu_count() or 1)
+        # `accelerate launch` gives a process one thread, which is meant for several processes on a machine. It also
+        # hides whether the user asked for one: `taskset` limits the cores that are taken.
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
@@ -89,6 +92,13 @@ def make_accelerator(args) -> Accelerator:
     return accelerator
 
 
+def _refusal(kind: str) -> str:
+    return (
+        f"accelerate is configured for {kind}: training two networks with it is not tested and therefore refused. Use "
+        "plain multi-GPU (DDP), for instance configs/accelerate/8_gpus.yaml."
+    )
+
+
 class InterruptGuard:
     """
     Turns SIGTERM and Ctrl-C into a wish to stop, which all ranks grant together at the end of a step. A second Ctrl-C
@@ -97,8 +107,12 @@ class InterruptGuard:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.signal = accelerator, None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore(self) -> None:
+        """Gives the signals back to who had them: there is nothing left to save."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
         self.signal = number
@@ -140,22 +154,22 @@ class NonFiniteGuard:
         return True
 
     def state_dict(self) -> dict:
-        return {"in_a_row": self.in_a_row, "total": self.total}
+        return {"total": self.total}
 
     def load_state_dict(self, state: dict) -> None:
-        self.in_a_row, self.total = state["in_a_row"], state["total"]
+        self.total = state["total"]
 
 
 class MetricsLog:
     """
-    Averages metrics between two log lines, appends them to `metrics.jsonl` and hands them to the trackers. A tracker
-    that fails is reported once and never ends the run.
+    Averages metrics between two log lines, appends them to `metrics.jsonl` and hands them to the trackers. A full disk
+    or a tracker that fails is reported once and never ends the run.
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: str, first_step: int):
         self.accelerator = accelerator
         self.path = Path(output_dir) / "metrics.jsonl"
-        self._sums, self._counts, self._tracker_failed = {}, {}, False
+        self._sums, self._counts, self._failed = {}, {}, set()
         self._images, self._since = 0, time.perf_counter()
         if accelerator.is_main_process:
             rows = [row for row in read_metrics(self.path) if row["step"] <= first_step] if first_step else []
@@ -188,9 +202,12 @@ class MetricsLog:
     def write(self, step: int, row: dict[str, float]) -> None:
         """Writes one row as it is, outside the averages (an evaluation)."""
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
+            self._guarded(f"Writing {self.path}", lambda: self._append({"step": step, **row}))
         self._to_trackers(lambda: self.accelerator.log(row, step=step))
+
+    def _append(self, row: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def images(self, step: int, name: str, images: list) -> None:
         """Hands PIL images to the trackers."""
@@ -205,13 +222,16 @@ class MetricsLog:
 
         self._to_trackers(send)
 
-    def _to_trackers(self, send) -> None:
+    def _to_trackers(self, send: Callable[[], None]) -> None:
+        self._guarded("The tracker", send)
+
+    def _guarded(self, what: str, call: Callable[[], None]) -> None:
         try:
-            send()
-        except Exception as error:  # whatever a tracker's client raises, the weights matter more
-            if not self._tracker_failed:
-                logger.warning(f"The tracker failed ({error}); training goes on and metrics.jsonl is complete.")
-            self._tracker_failed = True
+            call()
+        except Exception as error:  # whatever a disk or a tracker's client raises, the weights matter more
+            if what not in self._failed:
+                logger.warning(f"{what} failed ({error}); training goes on.")
+            self._failed.add(what)
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -223,6 +243,14 @@ def read_metrics(path: str | Path) -> list[dict]:
         except ValueError:
             break
     return rows
+
+
+def set_rates(optimizer, scheduler, learning_rate: float, **adam) -> None:
+    """Gives an optimiser and its schedule that were loaded from a checkpoint the values of this run's flags."""
+    scheduler.base_lrs = [learning_rate for _ in scheduler.base_lrs]
+    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas):
+        group.update(adam, initial_lr=learning_rate, lr=learning_rate * factor(scheduler.last_epoch))
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 @contextlib.contextmanager
@@ -238,25 +266,32 @@ def frozen(model: torch.nn.Module):
             parameter.requires_grad_(True)
 
 
-def mean_over_ranks(accelerator: Accelerator, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Averages scalars over ranks in one reduction (a sum and a division: gloo has no average)."""
-    stacked = torch.stack([value.detach().float().to(accelerator.device) for value in metrics.values()])
-    stacked = accelerator.reduce(stacked, reduction="sum") / accelerator.num_processes
-    return dict(zip(metrics, stacked.unbind()))
+def mean_over_global_batch(
+    accelerator: Accelerator, micro_steps: list[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Averages scalars over micro-steps and ranks in one reduction (a sum and a division: gloo has no average)."""
+    rows = [torch.stack([value.detach().float() for value in metrics.values()]) for metrics in micro_steps]
+    total = accelerator.reduce(torch.stack(rows).mean(0).to(accelerator.device), reduction="sum")
+    return dict(zip(micro_steps[0], (total / accelerator.num_processes).unbind()))
 
 
-def memory_plan(args, transformer, discriminator, data_size: int, processes: int) -> str:
+def memory_plan(
+    args, accelerator: Accelerator, transformer, discriminator, vae: torch.nn.Module | None, data_size: int
+) -> str:
     """
     The plan of a run in words: data, networks, updates, and memory. The networks may be on the `meta` device.
 
-    Weights, gradients, Adam's two moments and the average are exact for float32. Activations are estimated as 34 bytes
+    Weights, gradients (twice with DDP, which keeps them in buckets), Adam's two moments and the average are exact for
+    float32. Activations are estimated as 34 bytes
     for each token, channel and layer in half precision and twice that in float32 (arXiv 2205.05198 without the
     attention matrix), or one checkpoint of the block's input.
     """
     gibibyte = 2**30
     sizes = [sum(p.numel() for p in model.parameters()) for model in (transformer, discriminator)]
-    states = 4 * (4 * sum(sizes) + sizes[0])
-    bytes_per_value = 2 if args.mixed_precision == "bf16" else 4
+    processes = accelerator.num_processes
+    states = 4 * ((4 + int(processes > 1)) * sum(sizes) + sizes[0])
+    states += 4 * sum(p.numel() for p in vae.parameters()) if vae is not None else 0
+    bytes_per_value = 2 if accelerator.mixed_precision == "bf16" else 4
 
     def activations(model, samples: float) -> float:
         config = model.config
@@ -283,7 +318,7 @@ def memory_plan(args, transformer, discriminator, data_size: int, processes: int
         f"{batch} x {args.gradient_accumulation_steps} micro-steps x {processes} processes",
         f"Epochs         {args.max_train_steps * global_batch / data_size:.1f}, counted by images that G sees",
         f"Learning rates G {args.learning_rate / args.repeats:.3g}, D {args.discriminator_learning_rate:.3g}",
-        f"Memory         about {(states + peak) / gibibyte:.2f} GiB a process: weights, gradients, Adam, EMA "
+        f"Memory         about {(states + peak) / gibibyte:.2f} GiB a process: weights, gradients, Adam, EMA, VAE "
         f"{states / gibibyte:.2f}, activations about {peak / gibibyte:.2f}",
         f"Output         {args.output_dir}",
     )

@@ -177,3 +177,28 @@ print("equal")
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.strip().endswith("equal"), result.stderr
+
+
+def test_names_with_commas():
+    """Each of a class's names, and all of them together: "New York, NY" is one name to its user."""
+    pipeline = make_pipeline()
+    assert pipeline.get_label_ids(["zero", "nought", "zero, nought", "two"]) == [0, 0, 0, 2]
+
+
+def test_progress_bar(capsys):
+    pipeline = make_pipeline(4)
+    pipeline(0)
+    assert capsys.readouterr().err == ""
+    pipeline.set_progress_bar_config(disable=False)
+    pipeline(0)
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_model_cpu_offload_moves_every_model_in_order():
+    """Without an accelerator the "device" is the CPU: the hooks are real, the moves are not."""
+    pipeline = make_pipeline(vae=tiny_vae(), in_channels=4)
+    expected = pipeline(1, generator=generator(), output_type="pt").images
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert len(pipeline._all_hooks) == 2
+    assert pipeline.transformer._hf_hook is pipeline._all_hooks[0].hook
+    assert torch.equal(pipeline(1, generator=generator(), output_type="pt").images, expected)

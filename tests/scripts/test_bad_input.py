@@ -1,6 +1,7 @@
 """Bad input: one clear error before training, nothing overwritten."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,55 @@ def test_all_images_broken(fails, tmp_path):
 def test_small_images(fails, tmp_path):
     folder = make_images(tmp_path / "data", size=(16, 12))
     fails("--resolution 16: .*png is only 12x16 pixels. Lower", "--train_data_dir", folder, "--resolution", 16)
+
+
+def test_small_images_can_be_enlarged(run, tmp_path):
+    folder = make_images(tmp_path / "data", size=(16, 12))
+    run("--train_data_dir", folder, "--resolution", 16, "--allow_upscaling", "--output_dir", "out")
+    assert (tmp_path / "out" / "model_index.json").exists()
+
+
+def save_dataset(folder: Path, features: dict, rows: dict) -> Path:
+    import datasets
+
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(folder)
+    return folder
+
+
+def test_data_sets_with_holes(fails, run, tmp_path, log_text):
+    """Null images, null labels, no rows, columns of other kinds, and images that are bombs."""
+    import datasets
+
+    picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    common = ("--resolution", 8, "--output_dir", "out")
+    empty = save_dataset(tmp_path / "empty", kinds, {"image": [], "label": []})
+    fails("empty: the data set is empty", "--dataset_name", empty, *common)
+    null_label = save_dataset(tmp_path / "label", kinds, {"image": [picture] * 10, "label": [0] * 9 + [None]})
+    fails("--label_column label: some images have no label", "--dataset_name", null_label, *common)
+    whole = save_dataset(tmp_path / "whole", kinds, {"image": [picture] * 10, "label": [0] * 10})
+    for flag, column, kind in (("--image_column", "label", "ClassLabel"), ("--label_column", "image", "Image")):
+        fails(f"{flag} {column}: this column holds {kind}", "--dataset_name", whole, *common, flag, column)
+    null_image = save_dataset(tmp_path / "image", kinds, {"image": [picture] * 11 + [None], "label": [0, 1] * 6})
+    run("--dataset_name", null_image, *common)
+    assert "row 11: the image is missing (null)" in log_text()
+
+
+def test_bombs_are_broken_images(fails, tmp_path, monkeypatch):
+    folder = make_images(tmp_path / "data")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    fails("none of the images", "--train_data_dir", folder, "--resolution", 16)
+
+
+def test_an_error_in_a_worker_is_one_line(run_command, tmp_path):
+    """Whole headers and no pixels: only the workers notice."""
+    for path in Path(make_images(tmp_path / "data", size=(64, 64))).rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    flags = ("--train_data_dir", tmp_path / "data", "--resolution", 16, "--dataloader_num_workers", 1)
+    result = run_command(*flags)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: 20 broken images, more than 10: clean the data set (see the log)."]
 
 
 def test_columns(fails, tmp_path):
@@ -107,6 +157,15 @@ def test_three_steps_are_fine(run, tmp_path):
         (("--vae", "nowhere"), "--vae nowhere: no AutoencoderKL could be loaded"),
         (("--recipe", "nowhere.json"), "--recipe nowhere.json: can't be read"),
         (("--resume_from_checkpoint", "checkpoint-7"), "there is no such folder"),
+        (("--seed", -1), "--seed must not be negative, not -1"),
+        (("--learning_rate", -1), "--learning_rate must not be negative"),
+        (("--discriminator_learning_rate", "inf"), "--discriminator_learning_rate must not be negative, not inf"),
+        (("--adam_beta2", 1.0), r"--adam_beta2 must be in \[0, 1\)"),
+        (("--dataloader_num_workers", -1), "--dataloader_num_workers must not be negative"),
+        (("--augmentation_probability", 7), "--augmentation_probability must be between 0 and 1, not 7"),
+        (("--lambda_ot_end", -1), "--lambda_ot_end must not be negative"),
+        (("--lambda_gp_decay_steps", 0), "--lambda_gp_decay_steps must be at least 1"),
+        (("--max_grad_norm", -1), "--max_grad_norm must be positive"),
     ],
 )
 def test_flags(fails, tmp_path, flags, message):
@@ -124,17 +183,13 @@ def test_recipe_with_an_unknown_flag(fails, tmp_path):
     fails("there is no flag --lambda_to", "--recipe", tmp_path / "recipe.json")
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
-def test_untested_distribution_is_refused(fails, monkeypatch, variable):
-    monkeypatch.setenv(variable, "true")
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    kind = DistributedType.DEEPSPEED if "DEEPSPEED" in variable else DistributedType.FSDP
-    monkeypatch.setattr(PartialState, "distributed_type", kind, raising=False)
-    monkeypatch.setattr("accelerate.Accelerator.distributed_type", kind)
-    monkeypatch.delenv(variable)
-    fails(f"accelerate is configured for {kind.value}: .* not tested", "--max_train_steps", 1)
+@pytest.mark.parametrize(
+    "variable,name", [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM")]
+)
+def test_untested_distribution_is_refused(fails, monkeypatch, variable, name):
+    """The variables are what `accelerate launch` sets for these kinds."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    fails(f"accelerate is configured for {name}: .* not tested", "--max_train_steps", 1)
 
 
 def test_output_dir_of_another_run(fails, run, tmp_path):
@@ -146,6 +201,49 @@ def test_output_dir_of_another_run(fails, run, tmp_path):
     run("--overwrite_output_dir", "--num_steps", 2)
     assert b'"num_steps": 2' in (tmp_path / "afm-digits" / "model_index.json").read_bytes()
     assert (tmp_path / "afm-digits" / "notes.txt").read_text() == "mine"  # what no run wrote is never removed
+
+
+def test_overwriting_removes_runs_only(fails, tmp_path):
+    folder = tmp_path / "papers"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "README.md").write_text("mine")
+    fails("papers holds files that no training script", "--output_dir", folder, "--overwrite_output_dir")
+    fails("papers holds another run or other files", "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    assert (folder / "README.md").read_text() == "mine" and (folder / "logs").is_dir()
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_resuming_never_replaces_what_it_does_not_continue(fails, run, tmp_path):
+    run("--checkpointing_steps", 2)
+    run("--output_dir", "other", "--max_train_steps", 2)
+    folder, resume = tmp_path / "afm-digits", "--resume_from_checkpoint"
+    before = files_of(folder)
+    fails("going on from there would replace checkpoint-4 in", resume, "checkpoint-2")
+    fails("would replace checkpoint-2, checkpoint-4, model_index.json", resume, "other/checkpoint-2")
+    assert files_of(folder) == before
+    for path in folder.glob("checkpoint-*/optimizer.bin"):
+        path.write_bytes(b"")
+    damaged = files_of(folder)
+    fails(
+        "latest: .* has checkpoint-2, checkpoint-4, transformer, .* but no checkpoint that is whole", resume, "latest"
+    )
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    fails("latest: .* has transformer, discriminator, but no checkpoint that is whole", resume, "latest")
+    assert files_of(folder) == {path: data for path, data in damaged.items() if "checkpoint-" not in str(path)}
+    run(resume, "other/checkpoint-2", "--overwrite_output_dir")
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-4"}
+
+
+def test_checkpoint_of_another_number_of_steps(fails, run):
+    run("--num_steps", 2, "--max_train_steps", 1)
+    fails(
+        r"its pipeline has another architecture \(num_steps 2 -> 4\)",
+        *("--resume_from_checkpoint", "latest", "--num_steps", 4),
+    )
 
 
 def test_failing_input_with_overwrite_removes_nothing(fails, run, tmp_path):

@@ -2,9 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_same_folder_weights
+from PIL import Image
 from safetensors.torch import load_file
 
 from adversarial_flow.utils.training import read_metrics
@@ -94,3 +96,19 @@ def test_two_processes_resume_bitwise(run_command, tmp_path):
     assert_same_folder_weights(tmp_path / "straight" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
     files = {p.name for p in (tmp_path / "resumed" / "checkpoint-4").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
+
+
+def test_broken_images_of_every_rank_are_named_and_counted(run_command, tmp_path):
+    """One broken image in a batch of both ranks that covers the whole data set; workers read it."""
+    for i in range(16):
+        image = Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+        (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")
+    broken = tmp_path / "images" / "a" / "4.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    flags = ("--train_data_dir", tmp_path / "images", "--resolution", 16, "--output_dir", "out")
+    result = run_command(*flags, "--dataloader_num_workers", 1, launch=TWO_PROCESSES, timeout=400)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "Skipped a broken image" in line]
+    counted = read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["broken_images"]
+    assert len(lines) == counted == 2 and all(str(broken) in line for line in lines)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, assert_same_folder_weights
+from conftest import ROOT, TINY, TINY_FLAGS, assert_same_folder_weights
 from PIL import Image
 from safetensors.torch import load_file
 
 from adversarial_flow import AdversarialFlowPipeline
+from adversarial_flow.utils.checkpointing import read_checkpoint
 from adversarial_flow.utils.training import read_metrics
 
 
@@ -83,10 +85,12 @@ def test_the_real_evaluator_scores_the_samples(train_afm, run, monkeypatch, tmp_
         ("--prediction_type", "velocity"),
         ("--augmentation_probability", 0.5, "--augmentation_probability_end", 0.0),
         ("--mixed_precision", "bf16", "--gradient_checkpointing", "--max_grad_norm", 5.0),
+        ("--mixed_precision", "bf16", "--model_config_name_or_path", "QK_NORM"),
         ("--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--gp_batch_ratio", 0.1),
     ],
 )
 def test_variants_train_and_sample(run, tmp_path, flags):
+    (tmp_path / "QK_NORM").write_text(json.dumps({**TINY, "qk_norm": True}))
     run(*flags)
     pipeline = AdversarialFlowPipeline.from_pretrained(tmp_path / "afm-digits")
     assert len(pipeline([0, 1]).images) == 2
@@ -160,23 +164,77 @@ def test_ema_is_the_average_of_the_generators_weights_alone(run, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [(), ("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--ttur", 2)])
-def test_resuming_is_bitwise(run, extra):
-    run("--max_train_steps", 6, "--checkpointing_steps", 2, "--output_dir", "straight", *extra)
-    run("--max_train_steps", 6, "--checkpointing_steps", 2, "--output_dir", "resumed", *extra)
+def test_resuming_is_bitwise(run, log_text, extra):
+    common = ("--max_train_steps", 6, "--checkpointing_steps", 2, "--checkpoints_total_limit", 3, *extra)
+    run("--output_dir", "straight", *common)
+    run("--output_dir", "resumed", *common)
     for name in ("checkpoint-6", "checkpoint-4"):
         subprocess.run(["rm", "-r", f"resumed/{name}"], check=True)
     first = [row for row in read_metrics("resumed/metrics.jsonl")]
-    run(
-        *("--max_train_steps", 6, "--checkpointing_steps", 2, "--output_dir", "resumed"),
-        *("--resume_from_checkpoint", "latest", *extra),
-    )
+    run("--output_dir", "resumed", "--resume_from_checkpoint", "latest", *common)
+    assert "Resuming from resumed/checkpoint-2 at step 2" in log_text()
     assert_same_folder_weights("straight/checkpoint-6", "resumed/checkpoint-6")
     second = read_metrics("resumed/metrics.jsonl")
     timeless = [{k: v for k, v in row.items() if k != "samples_per_second"} for row in first]
     assert timeless == [{k: v for k, v in row.items() if k != "samples_per_second"} for row in second]
     for name in ("optimizer.bin", "optimizer_1.bin", "custom_checkpoint_2.pkl"):
         a, b = (torch.load(f"{f}/checkpoint-6/{name}", weights_only=False) for f in ("straight", "resumed"))
-        assert str(a) == str(b), name
+        assert_same(a, b)
+
+
+def assert_same(a, b) -> None:
+    """Bitwise equality of nested state dicts."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_flags_go_before_the_checkpoint_on_resuming(run, tmp_path):
+    """What a user lowers after a divergence is lowered: rates, betas, decay."""
+    run("--max_train_steps", 2, "--output_dir", "run", "--lr_scheduler", "linear")
+    changed = {"learning_rate": 2e-5, "discriminator_learning_rate": 3e-5, "adam_beta2": 0.5, "ema_decay": 0.25}
+    flags = [part for name, value in changed.items() for part in (f"--{name}", value)]
+    run("--output_dir", "run", "--lr_scheduler", "linear", "--resume_from_checkpoint", "latest", *flags)
+    rows = read_metrics("run/metrics.jsonl")
+    assert [row["learning_rate"] for row in rows[2:]] == pytest.approx([2e-5 / 4, 0.0])
+    assert [row["discriminator_learning_rate"] for row in rows[2:]] == pytest.approx([3e-5 / 4, 0.0])
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        group = torch.load(f"run/checkpoint-4/{name}", weights_only=False)["param_groups"][0]
+        assert group["betas"] == (0.0, 0.5)
+    assert json.loads(Path("run/checkpoint-4/transformer_ema/config.json").read_text())["decay"] == 0.25
+
+
+def test_a_damaged_newest_checkpoint_never_costs_the_last_good_one(run, tmp_path, monkeypatch):
+    """The damaged one has the higher number; rotation with a limit of one, and then the disk fails."""
+    run("--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
+    folder = tmp_path / "afm-digits"
+    (folder / "checkpoint-4" / "optimizer.bin").write_bytes(b"")
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("accelerate.Accelerator.save_state", fail)
+    flags = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match="checkpoint 4 could not be written .* resume from checkpoint-3"):
+        run("--max_train_steps", 6, *flags)
+    assert read_checkpoint(folder / "checkpoint-3")["step"] == 3
+
+
+@pytest.mark.parametrize("flags", [("--train_batch_size", 3), ("--gp_batch_ratio", 0.01)])
+def test_penalties_look_at_one_sample_at_least(run, tmp_path, flags):
+    run(*flags)
+    rows = read_metrics(tmp_path / "afm-digits" / "metrics.jsonl")
+    assert all(row["r1_penalty"] > 0 and row["r2_penalty"] > 0 for row in rows[1:])  # blocks start as identities
 
 
 def test_rotation_keeps_the_newest(run, tmp_path):
@@ -252,6 +310,7 @@ def test_broken_image_is_skipped_and_named(run, image_folder, log_text):
     run("--train_data_dir", image_folder, "--resolution", 16, "--output_dir", "out")
     lines = [line for line in log_text().splitlines() if "Skipped a broken image" in line]
     assert len(lines) == 1 and str(path) in lines[0]
+    assert read_metrics("out/metrics.jsonl")[-1]["broken_images"] == 1
 
 
 def test_grey_images_are_converted_and_it_is_said_once(run, image_folder, log_text):
@@ -263,7 +322,9 @@ def test_grey_images_are_converted_and_it_is_said_once(run, image_folder, log_te
 
 def test_compiled_generator_gives_the_same_updates(run):
     run("--output_dir", "eager", "--max_train_steps", 2, "--adam_epsilon", 1e-3)
+    torch._dynamo.utils.counters.clear()
     run("--output_dir", "compiled", "--max_train_steps", 2, "--adam_epsilon", 1e-3, "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert_close_weights("eager", "compiled", atol=1e-5)
 
 
@@ -272,7 +333,12 @@ def test_dry_run_prints_and_writes_nothing(run, tmp_path, capsys):
         "--dry_run", "--model_config_name_or_path", ROOT / "configs" / "models" / "xl_2.json", "--train_batch_size", 64
     )
     printed = capsys.readouterr().out
-    assert "Generator" in printed and "GiB" in printed and "parameters" in printed
+    # The published XL/2 (32x32x4, 1,000 classes) on 8x8x1 and 10 classes; 4 bytes x (weights, gradients, 2 moments; and G's average)
+    generator, discriminator = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", printed))
+    states = 4 * (5 * generator + 4 * discriminator) / 2**30
+    fewer = 1152 * (240 + 12 + 12 + 990) + 12  # positions, channels in and out, classes
+    assert generator == 673_485_712 - fewer and f"EMA, VAE {states:.2f}," in printed
+    assert "Updates        4 of G, 1 of D for each; global batch 64 = 64 x 1 micro-steps x 1 processes" in printed
     assert not (tmp_path / "afm-digits").exists()
 
 
@@ -390,6 +456,12 @@ def test_interruption_saves_and_exits(tmp_path, tiny_config, number):
     assert AdversarialFlowPipeline.from_pretrained(folder)(0).images
 
 
+def test_the_readme_line_of_one_process(run_command, tmp_path):
+    result = run_command("--max_train_steps", 2, launch=())
+    assert result.returncode == 0, result.stderr
+    assert "What to run next" in result.stdout and (tmp_path / "afm-digits" / "samples.png").exists()
+
+
 def test_full_disk_while_saving(tmp_path, tiny_config):
     """A limit on the file size stands in for a full disk: the run ends in one line and checkpoint-2 stays whole."""
     code = (
@@ -409,6 +481,4 @@ def test_full_disk_while_saving(tmp_path, tiny_config):
     assert "checkpoint 4 could not be written" in result.stderr and "resume from checkpoint-2" in result.stderr
     folder = tmp_path / "afm-digits"
     assert [p.name for p in folder.glob("*checkpoint-*")] == ["checkpoint-2"]
-    from adversarial_flow.utils.checkpointing import read_checkpoint
-
     assert read_checkpoint(folder / "checkpoint-2")["step"] == 2

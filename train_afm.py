@@ -8,18 +8,13 @@ Without flags it trains a one-step generator on the digits that scikit-learn shi
 import argparse
 import contextlib
 import math
-import os
 from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
 from diffusers import FlowMapEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
 
-from adversarial_flow import AdversarialFlowPipeline, AdversarialFlowTransformer2DModel
+from adversarial_flow import AdversarialFlowPipeline
 from adversarial_flow.utils.afm import FlowBatches, adversarial_gradient, discriminator_loss, generate
 from adversarial_flow.utils.arguments import (
     add_data_arguments,
@@ -27,36 +22,35 @@ from adversarial_flow.utils.arguments import (
     check_arguments,
     check_range,
     parse_with_recipe,
-    prepare_output_dir,
 )
-from adversarial_flow.utils.checkpointing import (
-    architecture,
-    belongs_to,
-    clear_run,
-    find_checkpoint,
-    register_model_folders,
-    save_checkpoint,
-)
-from adversarial_flow.utils.data import TrainingData, UpdateBatchSampler, load_training_data, make_dataloader
+from adversarial_flow.utils.checkpointing import architecture, register_model_folders, save_checkpoint
+from adversarial_flow.utils.data import TrainingData
 from adversarial_flow.utils.errors import InputError, run_script
 from adversarial_flow.utils.evaluation import SampleEvaluator
 from adversarial_flow.utils.gradient_normalization import GradientNormalization, gradient_square
-from adversarial_flow.utils.hub import push_to_hub, upload_command
-from adversarial_flow.utils.latents import load_vae
+from adversarial_flow.utils.hub import push_to_hub
 from adversarial_flow.utils.losses import optimal_transport_loss
+from adversarial_flow.utils.metrics import MetricsLog
 from adversarial_flow.utils.networks import make_networks, network_configs
-from adversarial_flow.utils.results import save_final, validate, write_results
+from adversarial_flow.utils.plan import training_plan
+from adversarial_flow.utils.results import print_next, validate, write_results
+from adversarial_flow.utils.runs import (
+    end_run,
+    find_resume,
+    load_data,
+    load_run,
+    make_ema,
+    make_optimizer,
+    progress_bar,
+    set_rates,
+    start_run,
+)
 from adversarial_flow.utils.schedules import scheduled_value
 from adversarial_flow.utils.training import (
     InterruptGuard,
-    MetricsLog,
     NonFiniteGuard,
-    exit_interrupted,
     frozen,
-    make_accelerator,
     mean_over_global_batch,
-    memory_plan,
-    set_rates,
 )
 
 
@@ -104,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_training_arguments(parser)
 
     args = parse_with_recipe(parser, DIGITS_RECIPE, argv)
-    check_arguments(args)
+    check_arguments(args, name="afm")
     for name in ("ttur", "repeats"):
         check_range(args, name, lowest=1)
     for name in ("lambda_ot", "lambda_gp"):
@@ -225,7 +219,31 @@ def generator_update(
     return {**metrics, "generator_grad_norm": grad_norm}
 
 
-# ---------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------------- plan and results
+
+
+def plan(args, accelerator, transformer, discriminator, vae, data_size: int) -> str:
+    batch = args.train_batch_size
+    steps = "any number of" if args.num_steps is None else args.num_steps
+    epochs = args.max_train_steps * batch * args.gradient_accumulation_steps * accelerator.num_processes / data_size
+    lines = {
+        "Generation": f"{steps} step(s), predicts the {args.prediction_type}",
+        "Epochs": f"{epochs:.1f}, counted by images that G sees",
+        "Learning rates": f"G {args.learning_rate / args.repeats:.3g}, D {args.discriminator_learning_rate:.3g}",
+    }
+    return training_plan(
+        args,
+        accelerator,
+        data_size,
+        {"Generator": transformer, "Discriminator": discriminator},
+        vae,
+        passes=[
+            [(discriminator, (2 + 2 * args.gp_batch_ratio) * batch)],
+            [(transformer, batch), (discriminator, batch)],
+        ],
+        updates=f"{args.max_train_steps:,} of G, {args.ttur} of D for each",
+        **lines,
+    )
 
 
 def make_pipeline(transformer, vae, data: TrainingData, args) -> AdversarialFlowPipeline:
@@ -240,63 +258,32 @@ def make_pipeline(transformer, vae, data: TrainingData, args) -> AdversarialFlow
     return pipeline
 
 
-def print_next(args: argparse.Namespace, data: TrainingData) -> None:
-    label = "class_labels=0" if data.id2label else ""
-    print(
-        f"\nDone: {args.output_dir}/ holds the pipeline, samples.png, curves.png and results.json.\n"
-        "What to run next:\n"
-        f'  python -c "from adversarial_flow import AdversarialFlowPipeline as P; '
-        f"P.from_pretrained('{args.output_dir}')({label}).images[0].save('sample.png')\"\n"
-        "  accelerate launch train_afm.py --train_data_dir YOUR_IMAGES --resolution 64    # your own images\n"
-        f"  {upload_command('YOUR_NAME/' + Path(args.output_dir).name, args.output_dir)}"
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------- main
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if os.environ.get("RANK", "0") == "0":  # before the ranks meet: none finds the traces of another
-        prepare_output_dir(args)
-    accelerator = make_accelerator(args)
-    set_seed(args.seed)  # the same weights on all ranks; noise does not come from here
-
-    # Data
-    with accelerator.main_process_first():
-        data = load_training_data(args)
-    vae = load_vae(args)
-    world_size, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
-    global_batch = args.train_batch_size * accumulation * world_size
-    if global_batch > len(data.dataset):
-        raise InputError(
-            f"a batch of {global_batch} (--train_batch_size {args.train_batch_size} x {accumulation} micro-steps x "
-            f"{world_size} processes) is larger than the data set ({len(data.dataset)} images): lower "
-            "--train_batch_size."
-        )
+    accelerator = start_run(args)
+    data, vae, global_batch = load_data(args, accelerator)
 
     # Networks
     configs = network_configs(args, data, vae)
     with torch.device("meta"):
         sizes = make_networks(configs)
     if accelerator.is_main_process:
-        print(memory_plan(args, accelerator, *sizes, vae, data_size=len(data.dataset)))
+        print(plan(args, accelerator, *sizes, vae, len(data.dataset)))
     if accelerator.mixed_precision == "bf16" and not all(config.get("qk_norm") for config in configs):
         logger.warning("bf16 without qk_norm in both networks' configs is known to be unstable.")
     if args.dry_run:
         return
-    architectures = {"transformer": architecture(sizes[0]), "discriminator": architecture(sizes[1])}
-    architectures["pipeline"] = {"num_steps": args.num_steps}
-    resume = None
-    if args.resume_from_checkpoint is not None:
-        resume = find_checkpoint(
-            args.resume_from_checkpoint, args.output_dir, architectures, overwrite=args.overwrite_output_dir
-        )
-        if resume is None:
-            logger.info(f"There is no checkpoint in {args.output_dir} yet: starting a new run.")
-    if accelerator.is_main_process:
-        clear_run(args.output_dir, going_on=resume is not None and belongs_to(resume[0], args.output_dir))
-    accelerator.wait_for_everyone()
+    run_state = {
+        "architecture": {"transformer": architecture(sizes[0]), "discriminator": architecture(sizes[1])}
+        | {"pipeline": {"num_steps": args.num_steps}},
+        "updates_per_step": args.ttur + 1,
+        "seed": args.seed,
+        "global_batch": global_batch,
+    }
+    resume = find_resume(args, accelerator, run_state["architecture"])
     transformer, discriminator = make_networks(configs)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -306,96 +293,34 @@ def main(argv: list[str] | None = None) -> None:
     if vae is not None:
         vae.to(accelerator.device)
 
-    # Optimisers and schedules. A unit of a schedule is one update of its network, hence they are not prepared.
-    adam = {
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    trained = [[p for p in model.parameters() if p.requires_grad] for model in (transformer, discriminator)]
-    optimizer_g = torch.optim.AdamW(trained[0], lr=args.learning_rate / args.repeats, **adam)
-    optimizer_d = torch.optim.AdamW(trained[1], lr=args.discriminator_learning_rate, **adam)
-    scheduler_g, scheduler_d = (
-        get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps * updates,
-        )
-        for optimizer, updates in ((optimizer_g, 1), (optimizer_d, args.ttur))
-    )
+    # Optimisers, average, and what a checkpoint holds
+    rate_g, rate_d = args.learning_rate / args.repeats, args.discriminator_learning_rate
+    optimizer_g, scheduler_g = make_optimizer(args, transformer, rate_g, args.max_train_steps)
+    optimizer_d, scheduler_d = make_optimizer(args, discriminator, rate_d, args.max_train_steps * args.ttur)
     transformer, discriminator, optimizer_g, optimizer_d = accelerator.prepare(
         transformer, discriminator, optimizer_g, optimizer_d
     )
-    plain_transformer = accelerator.unwrap_model(transformer)
-    ema = EMAModel(  # from the prepared network: its weights are the same on all ranks
-        plain_transformer.parameters(),
-        decay=args.ema_decay,
-        min_decay=float(args.ema_decay),  # constant, as in the paper, rather than ramped
-        foreach=True,
-        model_cls=AdversarialFlowTransformer2DModel,
-        model_config=plain_transformer.config,
-    )
+    plain_transformer, plain_discriminator = map(accelerator.unwrap_model, (transformer, discriminator))
+    ema = make_ema(args, plain_transformer)
     normalization = GradientNormalization()
     nonfinite = NonFiniteGuard(args.max_skipped_updates)
     accelerator.register_for_checkpointing(scheduler_g, scheduler_d, normalization, nonfinite)
-    register_model_folders(accelerator, {"transformer": transformer, "discriminator": discriminator}, ema)
-    run_state = {
-        "architecture": architectures,
-        "updates_per_step": args.ttur + 1,
-        "seed": args.seed,
-        "global_batch": global_batch,
-    }
-    first_step = 0
-    if resume is not None:
-        checkpoint, state = resume
-        accelerator.load_state(str(checkpoint))
-        first_step = state["step"]
-        # Flags that were changed for the rest of the run go before the values in the checkpoint.
-        set_rates(optimizer_g, scheduler_g, args.learning_rate / args.repeats, **adam)
-        set_rates(optimizer_d, scheduler_d, args.discriminator_learning_rate, **adam)
-        for key in ("updates_per_step", "seed", "global_batch"):
-            if state[key] != run_state[key]:
-                logger.warning(f"{checkpoint.name} was made with {key} {state[key]}, this run has {run_state[key]}.")
-        logger.info(f"Resuming from {checkpoint} at step {first_step}.")
+    register_model_folders(accelerator, {"transformer": plain_transformer, "discriminator": plain_discriminator}, ema)
+    first_step = load_run(accelerator, resume, run_state)
+    set_rates(args, optimizer_g, scheduler_g, rate_g)
+    set_rates(args, optimizer_d, scheduler_d, rate_d)
 
-    sampler = UpdateBatchSampler(
-        len(data.dataset),
-        args.train_batch_size,
-        accumulation,
-        args.seed,
-        accelerator.process_index,
-        world_size,
-        first_update=first_step * (args.ttur + 1),
-    )
-    config = plain_transformer.config
     batches = FlowBatches(
-        make_dataloader(data.dataset, sampler, args.dataloader_num_workers),
-        sampler,
-        (config.in_channels, config.sample_size, config.sample_size),
-        args.seed,
-        args.num_steps,
-        config.num_classes is not None,
-        args.random_flip,
-        args.gp_batch_ratio,
-        vae,
-        accelerator.device,
+        data.dataset, plain_transformer.config, args, accelerator, vae, first_update=first_step * (args.ttur + 1)
     )
     evaluator = SampleEvaluator.for_digits(data.dataset) if accelerator.is_main_process else None
     log = MetricsLog(accelerator, args.output_dir, first_step)
     log.start_trackers(args.tracker_project_name, vars(args))
-
     pipeline = make_pipeline(plain_transformer, vae, data, args)
 
     # Training: `ttur` updates of D, then one of G, each on fresh batches
     interrupt = InterruptGuard(accelerator)
-    progress = tqdm(
-        initial=first_step,
-        total=args.max_train_steps,
-        desc="Steps",
-        disable=not accelerator.is_local_main_process,
-        dynamic_ncols=True,
-    )
+    progress = progress_bar(accelerator, first_step, args.max_train_steps, "Steps")
     step, saved_step = first_step, first_step if resume is not None else -1
     while step < args.max_train_steps and not interrupt.requested():
         weights = objective_weights(args, step)
@@ -439,27 +364,14 @@ def main(argv: list[str] | None = None) -> None:
             saved_step = step
     progress.close()
 
-    # The end, also of an interrupted run: a checkpoint, then the pipeline with the averaged weights
-    if saved_step != step:
-        save_checkpoint(accelerator, args.output_dir, step, run_state, args.checkpoints_total_limit)
-    ema.copy_to(plain_transformer.parameters())
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_final(args.output_dir, pipeline, accelerator.unwrap_model(discriminator))
-    accelerator.wait_for_everyone()  # a rank that ends early would take the one that writes with it
-    interrupt.restore()
-    if step < args.max_train_steps:
-        accelerator.end_training()
-        exit_interrupted(
-            interrupt,
-            f"Interrupted at step {step}: a checkpoint and the weights are in {args.output_dir}. Run the same command "
-            "with --resume_from_checkpoint latest to go on.",
-        )
+    # The end, also of an interrupted run
+    end_run(args, accelerator, interrupt, ema, pipeline, plain_discriminator, run_state, step, saved_step)
     if accelerator.is_main_process:
         write_results(args, pipeline, evaluator, log, step, nonfinite.total)
         if args.push_to_hub:
             push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
-        print_next(args, data)
+        more = "accelerate launch train_afm.py --train_data_dir YOUR_IMAGES --resolution 64    # your own images"
+        print_next(args, data, more)
     accelerator.end_training()
 
 

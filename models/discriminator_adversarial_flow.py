@@ -5,14 +5,31 @@ It shares that backbone with `transformer_adversarial_flow.py`. Pipelines never 
 generator's file has to stand alone on the Hub.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from torch import nn
 
-from adversarial_flow.models.transformer_adversarial_flow import AdversarialFlowBackbone, make_norm
+from adversarial_flow.models.transformer_adversarial_flow import (
+    AdversarialFlowBackbone,
+    AdversarialFlowTransformer2DModel,
+    make_norm,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+def copy_matching_weights(source: nn.Module, target: nn.Module) -> set[str]:
+    """Copies every weight of `source` whose name and shape `target` has, and returns the names."""
+    own = target.state_dict()
+    matching = {name: value for name, value in source.state_dict().items() if name in own}
+    matching = {name: value for name, value in matching.items() if value.shape == own[name].shape}
+    target.load_state_dict(matching, strict=False)
+    return set(matching)
 
 
 @dataclass
@@ -47,6 +64,7 @@ class AdversarialFlowDiscriminator(AdversarialFlowBackbone):
         num_classes: int | None = 1000,
         use_null_class: bool = False,
         time_conditioning: str = "none",
+        time_scale: float = 1000.0,
         norm_type: str = "layer_norm",
         qk_norm: bool = False,
     ):
@@ -62,6 +80,32 @@ class AdversarialFlowDiscriminator(AdversarialFlowBackbone):
         self.norm_out = make_norm(norm_type, self.inner_dim)
         # torch's own initialisation: the first logits have a variance of 1/3, where Xavier's would have 2.
         self.proj_out = nn.Linear(self.inner_dim, 1, bias=False)
+
+    @classmethod
+    def from_transformer(
+        cls, transformer: AdversarialFlowTransformer2DModel, norm_type: str = "rms_norm"
+    ) -> "AdversarialFlowDiscriminator":
+        r"""
+        A discriminator of the transformer's sizes with every weight of it that fits, as continuous adversarial flow
+        models start from (arXiv 2604.11521). What is new is said in the log.
+
+        Args:
+            transformer ([`AdversarialFlowTransformer2DModel`]): A model with one time embedding.
+            norm_type (`str`, defaults to `"rms_norm"`):
+                RMSNorm instead of the transformer's LayerNorm keeps the gradient norms of a discriminator that is
+                differentiated twice from having spikes; neither has parameters.
+        """
+        config = {key: value for key, value in transformer.config.items() if key in cls._config_names()}
+        config.update(norm_type=norm_type, time_conditioning="source")
+        discriminator = cls(**config)
+        fitting = copy_matching_weights(transformer, discriminator)
+        new = sorted(set(discriminator.state_dict()) - fitting)
+        logger.info(f"The discriminator starts with {len(fitting)} weights of the transformer; new: {', '.join(new)}.")
+        return discriminator
+
+    @classmethod
+    def _config_names(cls) -> set[str]:
+        return set(inspect.signature(cls.__init__).parameters) - {"self"}
 
     def forward(
         self,

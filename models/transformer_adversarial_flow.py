@@ -4,19 +4,65 @@
 This file imports nothing but torch and diffusers, so that it can be uploaded next to its weights as it is.
 """
 
+import contextlib
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+from diffusers.models.embeddings import TimestepEmbedding, get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 
-TIME_SCALE = 1000.0  # times in [0, 1] enter the sinusoidal embedding multiplied by this, as in DiT
-TIME_FREQUENCIES = 256
+TIME_FEATURES = 256
+
+
+def time_features(timestep: torch.Tensor) -> torch.Tensor:
+    """
+    [cos, sin] of t * 10000^(-i / 128), in the dtype of the times: diffusers' `Timesteps` computes in float32 always,
+    and a derivative with respect to float64 times would lose its precision there.
+    """
+    half = TIME_FEATURES // 2
+    exponents = torch.arange(half, dtype=timestep.dtype, device=timestep.device) * (-math.log(10000) / half)
+    angles = timestep[:, None] * exponents.exp()  # (B, 128)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, 256)
+
+
+class SameAttention:
+    """A context, to be entered any number of times, that allows the attention kernels allowed when it was made."""
+
+    def __init__(self):
+        allowed = {
+            SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+            SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+            SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
+            SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+        }
+        self.kernels = [kernel for kernel, enabled in allowed.items() if enabled]
+
+    def __enter__(self):
+        self.context = sdpa_kernel(self.kernels)
+        self.context.__enter__()
+
+    def __exit__(self, *exception):
+        return self.context.__exit__(*exception)
+
+
+def checkpoint_with_same_attention(function: Callable, *args):
+    """
+    Gradient checkpointing that recomputes with the attention kernels of the forward. A second derivative needs the
+    math kernel (`sdpa_kernel(SDPBackend.MATH)` around the forward), and the backward comes after that context.
+    """
+    return checkpoint(
+        function, *args, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), SameAttention())
+    )
 
 
 def make_norm(norm_type: str, dim: int) -> nn.Module:
@@ -126,9 +172,8 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
         positions = get_2d_sincos_pos_embed(dim, grid_size, base_size=grid_size, output_type="pt")
         # A frozen parameter and not a buffer: it is part of a checkpoint and of the published parameter counts.
         self.pos_embed = nn.Parameter(positions.float().unsqueeze(0), requires_grad=False)  # (1, T, D)
-        self.time_proj = Timesteps(TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
         for name in time_embeddings:
-            setattr(self, name, TimestepEmbedding(TIME_FREQUENCIES, dim))
+            setattr(self, name, TimestepEmbedding(TIME_FEATURES, dim))
         if config.num_classes is not None:
             self.class_embed = nn.Embedding(config.num_classes + int(config.use_null_class), dim)
         self.transformer_blocks = nn.ModuleList(
@@ -155,6 +200,10 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
             nn.init.zeros_(block.modulation.weight)
             nn.init.zeros_(block.modulation.bias)
 
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
+        """Trades compute for memory, by default in a way that allows second derivatives."""
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or checkpoint_with_same_attention)
+
     def _embed_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if tuple(hidden_states.shape[1:]) != expected:
@@ -163,13 +212,14 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
         return hidden_states.flatten(2).transpose(1, 2) + self.pos_embed  # (B, T, D)
 
     def _embed_time(self, embedder: nn.Module, timestep: torch.Tensor | float | None, like: torch.Tensor):
-        """Embeds times in [0, 1], a scalar or one for each sample; the sinusoids are computed in float32."""
+        """Embeds times in [0, 1], a scalar or one for each sample; the sinusoids are never in half precision."""
         if timestep is None:
             raise ValueError(
                 f"This model was made with time_conditioning={self.config.time_conditioning!r} and needs the times."
             )
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=like.device).expand(like.shape[0])
-        return embedder(self.time_proj(timestep * TIME_SCALE).to(self.pos_embed.dtype))  # (B, D)
+        dtype = torch.float64 if self.pos_embed.dtype == torch.float64 else torch.float32
+        timestep = torch.as_tensor(timestep, dtype=dtype, device=like.device).expand(like.shape[0])
+        return embedder(time_features(timestep * self.config.time_scale).to(self.pos_embed.dtype))  # (B, D)
 
     def _embed_class(self, class_labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         if self.config.num_classes is None:
@@ -208,6 +258,8 @@ class AdversarialFlowTransformer2DModel(AdversarialFlowBackbone):
         prediction_type (`str`, defaults to `"sample"`):
             What the network's output g means: `"sample"`, the result itself, G = g; or `"velocity"`, the velocity of
             the step, G(x_s, s, t) = x_s - (s - t) g(x_s, s, t). See [`~utils.flow.transport`].
+        time_scale (`float`, defaults to 1000.0):
+            Times in [0, 1] enter the sinusoidal embedding multiplied by this: 1000 in DiT, 1 in SiT.
         norm_type (`str`, defaults to `"layer_norm"`): `"layer_norm"` or `"rms_norm"`, both without parameters.
         qk_norm (`bool`, defaults to `False`): RMS-normalise queries and keys, which training in bfloat16 needs.
         repeats (`int`, defaults to 1):
@@ -228,6 +280,7 @@ class AdversarialFlowTransformer2DModel(AdversarialFlowBackbone):
         num_classes: int | None = 1000,
         use_null_class: bool = False,
         time_conditioning: str = "none",
+        time_scale: float = 1000.0,
         prediction_type: str = "sample",
         norm_type: str = "layer_norm",
         qk_norm: bool = False,

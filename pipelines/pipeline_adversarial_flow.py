@@ -16,7 +16,9 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 
-ANY_STEP_DEFAULT = 8  # sampling steps of an any-step model when none are asked for, as in the released code
+# Sampling steps when none are asked for: of an any-step model, as in the released code, and of a model of the flow's
+# velocity (flow matching, CAFM), which has no target time.
+ANY_STEP_DEFAULT, FLOW_DEFAULT = 8, 50
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -33,7 +35,7 @@ EXAMPLE_DOC_STRING = """
 class AdversarialFlowPipeline(DiffusionPipeline):
     r"""
     Class-conditional or unconditional images from an adversarial flow model (arXiv 2511.22475), in one, few or any
-    number of steps.
+    number of steps, or from a continuous one (arXiv 2604.11521) or a flow-matching model, whose flow is integrated.
 
     Parameters:
         transformer ([`AdversarialFlowTransformer2DModel`]): The generator.
@@ -41,7 +43,8 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         vae ([`AutoencoderKL`], *optional*): Decodes latents to images; without it the model works in pixels.
         id2label (`dict`, *optional*): The name of each class id; several names of one class are separated by commas
             (each of them, and all together, can be asked for).
-        num_steps (`int`, *optional*, defaults to 1): The number of steps trained for; `None` means any number.
+        num_steps (`int`, *optional*, defaults to 1):
+            The number of steps trained for; `None` means any number, and is what models of a velocity have.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -79,8 +82,26 @@ class AdversarialFlowPipeline(DiffusionPipeline):
                 raise ValueError(f"There is no class named {name!r}. Known names: {known}.")
         return [self.labels[name] for name in names]
 
+    @property
+    def default_num_inference_steps(self) -> int:
+        """The number of steps when none is asked for."""
+        if self.config.num_steps is not None:
+            return self.config.num_steps
+        return FLOW_DEFAULT if self.is_flow else ANY_STEP_DEFAULT
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the transformer predicts the velocity of the flow itself, at one time."""
+        return self.config.num_steps is None and self.transformer.config.time_conditioning == "source"
+
     def check_inputs(
-        self, class_labels: list[int] | None, batch_size: int | None, num_inference_steps: int, output_type: str
+        self,
+        class_labels: list[int] | None,
+        batch_size: int | None,
+        num_inference_steps: int,
+        output_type: str,
+        guidance_scale: float = 1.0,
+        sampler: str = "euler",
     ) -> None:
         """Raises a `ValueError` that says what to change when the arguments do not fit the model."""
         num_classes, trained = self.transformer.config.num_classes, self.config.num_steps
@@ -90,6 +111,14 @@ class AdversarialFlowPipeline(DiffusionPipeline):
             raise ValueError(
                 f"This model was trained for {trained} step(s) and can't be sampled in {num_inference_steps}: leave "
                 "`num_inference_steps` out, or use a model trained with `--num_steps any`."
+            )
+        if sampler not in ("euler", "heun"):
+            raise ValueError(f"`sampler` must be 'euler' or 'heun', not {sampler!r}.")
+        if sampler == "heun" and not self.is_flow:
+            raise ValueError("`sampler='heun'` integrates a velocity, and this model makes steps: leave it out.")
+        if guidance_scale != 1.0 and not getattr(self.transformer.config, "use_null_class", False):
+            raise ValueError(
+                f"`guidance_scale={guidance_scale}` needs a model with a null class; this one has none: leave it out."
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', not {output_type!r}.")
@@ -145,6 +174,9 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         class_labels: int | str | list[int] | list[str] | torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         batch_size: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        sampler: str = "euler",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -157,8 +189,14 @@ class AdversarialFlowPipeline(DiffusionPipeline):
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*):
                 Ids or names of the classes, one image for each. Required by a class-conditional model.
             num_inference_steps (`int`, *optional*):
-                Number of steps. Defaults to the number that the model was trained for (8 for an any-step model).
+                Number of steps. Defaults to the number that the model was trained for (8 for an any-step model, 50
+                for a model of a velocity).
             batch_size (`int`, *optional*, defaults to 1): Number of images of an unconditional model.
+            guidance_scale (`float`, defaults to 1.0):
+                Classifier-free guidance v_null + w (v_c - v_null) of a model with a null class; 1 is without.
+            guidance_interval (`tuple`, defaults to `(0.0, 1.0)`): The times (1 is noise) at which it is applied.
+            sampler (`str`, defaults to `"euler"`):
+                `"euler"`, or `"heun"`, two evaluations a step, for a model of a velocity.
             generator (`torch.Generator` or `list`, *optional*): For reproducible noise; a list has one for each image.
             latents (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): The noise itself.
             output_type (`str`, defaults to `"pil"`):
@@ -179,8 +217,8 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         """
         class_labels = self._label_ids(class_labels)
         if num_inference_steps is None:
-            num_inference_steps = self.config.num_steps or ANY_STEP_DEFAULT
-        self.check_inputs(class_labels, batch_size, num_inference_steps, output_type)
+            num_inference_steps = self.default_num_inference_steps
+        self.check_inputs(class_labels, batch_size, num_inference_steps, output_type, guidance_scale, sampler)
         if class_labels is not None:
             batch_size = len(class_labels)
         elif batch_size is None:
@@ -192,14 +230,21 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         sigmas = self.scheduler.sigmas
 
+        def predict(latents: torch.Tensor, time: torch.Tensor, r_time: torch.Tensor) -> torch.Tensor:
+            inside = guidance_interval[0] <= float(time) <= guidance_interval[1]
+            scale = guidance_scale if inside else 1.0
+            return self._predict(latents, time, r_time, labels, scale)
+
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, timestep in enumerate(self.scheduler.timesteps):
-                model_output = self.transformer(
-                    latents, timestep=sigmas[i], r_timestep=sigmas[i + 1], class_labels=labels, return_dict=False
-                )[0]
+                time, r_time = sigmas[i], sigmas[i + 1]
+                model_output = predict(latents, time, r_time)
                 if self.transformer.config.prediction_type == "sample":
                     latents = model_output
                 else:
+                    if sampler == "heun":
+                        end = latents - (time - r_time) * model_output
+                        model_output = (model_output + predict(end, r_time, r_time)) / 2
                     latents = self.scheduler.step(model_output, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     inputs = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
@@ -210,6 +255,16 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(self, latents, time, r_time, labels, guidance_scale: float) -> torch.Tensor:
+        """The transformer's output; with guidance, of the labels and of the null class in one batch."""
+        times = {"timestep": time, "r_timestep": r_time, "return_dict": False}
+        if guidance_scale == 1.0:
+            return self.transformer(latents, class_labels=labels, **times)[0]
+        null = torch.full_like(labels, self.transformer.config.num_classes)
+        both = self.transformer(torch.cat([latents, latents]), class_labels=torch.cat([null, labels]), **times)[0]
+        output_null, output_class = both.chunk(2)
+        return output_null + guidance_scale * (output_class - output_null)
 
     def _label_ids(self, class_labels) -> list[int] | None:
         if class_labels is None:

@@ -28,7 +28,7 @@ def test_setup_lists_every_package_folder():
 def test_networks_of_the_hub_import_torch_and_diffusers_only():
     for path in ("models/transformer_adversarial_flow.py", "pipelines/pipeline_adversarial_flow.py"):
         imported = re.findall(r"^(?:from|import) ([\w]+)", (ROOT / path).read_text(), flags=re.MULTILINE)
-        assert set(imported) <= {"torch", "diffusers", "collections", "typing"}, path
+        assert set(imported) <= {"torch", "diffusers", "collections", "contextlib", "math", "typing"}, path
 
 
 def test_scripts_and_tests_import_the_package_only():

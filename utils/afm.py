@@ -5,20 +5,16 @@ import math
 from dataclasses import dataclass
 
 import torch
-from diffusers.models import AutoencoderKL
-from torch.utils.data import DataLoader
 
 from adversarial_flow.utils.augmentation import NUM_AUGMENTATION_UNIFORMS, augment
-from adversarial_flow.utils.data import BrokenSampleCounter, UpdateBatchSampler
+from adversarial_flow.utils.batches import ImageBatches
 from adversarial_flow.utils.flow import interpolate, step_times, step_weight, transport
-from adversarial_flow.utils.latents import encode_latents
 from adversarial_flow.utils.losses import (
     centering_penalty,
     discriminator_adversarial_loss,
     generator_adversarial_loss,
     gradient_penalty,
 )
-from adversarial_flow.utils.randomness import draw_normals_and_uniforms, sample_seeds
 
 
 @dataclass
@@ -37,77 +33,37 @@ class FlowBatch:
     augmentation: torch.Tensor  # (B, NUM_AUGMENTATION_UNIFORMS)
 
 
-class FlowBatches:
+class FlowBatches(ImageBatches):
     """
-    Endless [`FlowBatch`]es for this rank, `accumulation` of them for each update, D's and G's updates in turn.
+    Endless [`FlowBatch`]es, for D's and G's updates in turn.
 
-    Args:
-        dataloader (`DataLoader`): From [`~utils.data.make_dataloader`].
-        sampler (`UpdateBatchSampler`): Its batch sampler.
-        sample_shape (`tuple`): (C, H, W) of what the networks see.
-        seed (`int`): Of all noise, times, flips and augmentations.
-        num_steps (`int`, *optional*): Steps of the generator; `None` for any.
-        conditional (`bool`): Whether the networks take class labels.
-        random_flip (`bool`): Mirror half of the images.
-        penalty_ratio (`float`): Share of the batch that R1 and R2 look at.
-        vae (`AutoencoderKL`, *optional*): Encodes the images.
+    Arguments: as for [`~utils.batches.ImageBatches`], without the counts.
     """
 
-    def __init__(
-        self,
-        dataloader: DataLoader,
-        sampler: UpdateBatchSampler,
-        sample_shape: tuple[int, int, int],
-        seed: int,
-        num_steps: int | None,
-        conditional: bool,
-        random_flip: bool,
-        penalty_ratio: float,
-        vae: AutoencoderKL | None,
-        device: torch.device,
-    ):
-        self.sampler, self.sample_shape, self.seed, self.num_steps = sampler, sample_shape, seed, num_steps
-        self.conditional, self.random_flip, self.penalty_ratio = conditional, random_flip, penalty_ratio
-        self.vae, self.device = vae, device
-        self.micro_steps = sampler.update * sampler.accumulation
-        self.broken = BrokenSampleCounter(sampler.length)
-        self._batches = iter(dataloader)
+    def __init__(self, dataset, config, args, accelerator, vae, first_update: int):
+        counts = {"num_normals": 4, "num_uniforms": 3 + NUM_AUGMENTATION_UNIFORMS}
+        super().__init__(dataset, config, args, accelerator, vae, first_update, **counts)
+        self.num_steps = args.num_steps
+        # The penalised positions are spread evenly over the global batch, at least one of them.
+        self.num_penalised = math.ceil(round(args.gp_batch_ratio * self.sampler.global_batch, 6))
 
     def __next__(self) -> FlowBatch:
-        update, micro_step = divmod(self.micro_steps, self.sampler.accumulation)
-        self.micro_steps += 1
-        batch = next(self._batches)
-        self.broken.add(batch["broken"])
-        positions = self.sampler.positions(micro_step)
-        normals, uniforms = draw_normals_and_uniforms(
-            sample_seeds(self.seed, update, positions),
-            5 if self.vae is not None else 4,
-            self.sample_shape,
-            3 + NUM_AUGMENTATION_UNIFORMS,
-            self.device,
-        )
-        images = batch["image"].to(self.device, non_blocking=True)  # (B, C, H, W)
-        if self.random_flip:
-            images = torch.where((uniforms[:, 2] < 0.5)[:, None, None, None], images.flip(-1), images)
-        if self.vae is not None:
-            images = encode_latents(self.vae, images, normals[4])
-
-        timestep, r_timestep = step_times(self.num_steps, uniforms[:, :2])
-        # The penalised positions are spread evenly over the global batch, at least one of them.
-        global_batch = self.sampler.global_batch
-        count = math.ceil(round(self.penalty_ratio * global_batch, 6))
-        penalised = [i for i, p in enumerate(positions) if (p + 1) * count // global_batch > p * count // global_batch]
+        batch, count, global_batch = super().__next__(), self.num_penalised, self.sampler.global_batch
+        timestep, r_timestep = step_times(self.num_steps, batch.uniforms[:, :2])
+        penalised = [
+            i for i, p in enumerate(batch.positions) if (p + 1) * count // global_batch > p * count // global_batch
+        ]
         return FlowBatch(
-            source=interpolate(images, normals[0], timestep),
-            target=interpolate(images, normals[1], r_timestep),
+            source=interpolate(batch.images, batch.normals[0], timestep),
+            target=interpolate(batch.images, batch.normals[1], r_timestep),
             timestep=timestep,
             r_timestep=r_timestep,
             weight=step_weight(timestep, r_timestep),
-            class_labels=batch["label"].to(self.device) if self.conditional else None,
-            penalty_noise=normals[2:4],
+            class_labels=batch.class_labels,
+            penalty_noise=batch.normals[2:4],
             penalised=torch.tensor(penalised, dtype=torch.long, device=self.device),
-            penalty_share=(len(penalised) / len(positions)) / (count / global_batch),
-            augmentation=uniforms[:, 3:],
+            penalty_share=(len(penalised) / len(batch.positions)) / (count / global_batch),
+            augmentation=batch.uniforms[:, 3:],
         )
 
 

@@ -122,6 +122,8 @@ def parse_with_recipe(parser: argparse.ArgumentParser, default_recipe: Path | No
                 value = os.path.normpath(recipe.parent / value)
             if value is True:
                 recipe_flags.append(f"--{name}")
+            elif isinstance(value, list):
+                recipe_flags += [f"--{name}", *map(str, value)]
             elif value is not False and value is not None:
                 recipe_flags.append(f"--{name}={value}")
     args = parser.parse_args([*recipe_flags, *argv])  # of a flag that is given twice the last one counts
@@ -145,26 +147,27 @@ def check_range(
         raise InputError(f"--{name} must {wanted}, not {value}.")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace, name: str) -> None:
     """
-    Raises an `InputError` for values of the shared flags that can't work, and derives what depends on others.
+    Raises an `InputError` for values of the shared flags that can't work, and derives what depends on others;
+    `name` is the beginning of the default output folder.
     """
     at_least_one = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
     at_least_one += ("validation_steps", "logging_steps", "max_skipped_updates", "resolution")
-    for name in at_least_one:
-        check_range(args, name, lowest=1)
-    for name in ("seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers"):
-        check_range(args, name)
+    for flag in at_least_one:
+        check_range(args, flag, lowest=1)
+    for flag in ("seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers"):
+        check_range(args, flag)
     check_range(args, "adam_epsilon", open_ends=True)
     check_range(args, "max_grad_norm", open_ends=True)
-    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-        if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"--{name} must be in [0, 1), not {getattr(args, name)}.")
+    for flag in ("adam_beta1", "adam_beta2", "ema_decay"):
+        if not 0 <= getattr(args, flag) < 1:
+            raise InputError(f"--{flag} must be in [0, 1), not {getattr(args, flag)}.")
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
         raise InputError("--checkpoints_total_limit must be at least 1; leave it out to keep all checkpoints.")
     on_digits = args.train_data_dir is None and args.dataset_name is None
     if args.output_dir is None:
-        args.output_dir = "afm-digits" if on_digits else "afm-model"
+        args.output_dir = f"{name}-digits" if on_digits else f"{name}-model"
     if not on_digits and args.resolution is None:
         args.resolution = 64
 

@@ -26,6 +26,7 @@ STATE_FILE = "trainer_state.json"
 TEMPORARY_PREFIX = "tmp-checkpoint-"
 METRICS_FILE = "metrics.jsonl"
 RUN_FILES = ("model_index.json", "results.json", METRICS_FILE, "samples.png", "curves.png", "README.md", "logs")
+RUN_FILES += ("comparison.json", "comparison.png", "control")
 WEIGHTS = ("transformer", "discriminator", "vae")
 RUN_FILES += (*WEIGHTS, "scheduler")
 # Config entries that do not describe the architecture.
@@ -54,13 +55,12 @@ def register_model_folders(accelerator: Accelerator, models: dict[str, torch.nn.
     def save_models(_, weights: list, output_dir: str) -> None:
         if accelerator.is_main_process:
             for name, model in models.items():
-                accelerator.unwrap_model(model).save_pretrained(os.path.join(output_dir, name))
+                model.save_pretrained(os.path.join(output_dir, name))
             ema.save_pretrained(os.path.join(output_dir, "transformer_ema"))
         weights.clear()  # nothing is left for accelerate to save
 
     def load_models(unused_models: list, input_dir: str) -> None:
         for name, model in models.items():
-            model = accelerator.unwrap_model(model)
             model.load_state_dict(type(model).from_pretrained(os.path.join(input_dir, name)).state_dict())
         loaded = EMAModel.from_pretrained(os.path.join(input_dir, "transformer_ema"), ema.model_cls)
         # The decay of this run's flags goes before the one in the checkpoint.

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 from adversarial_flow.utils.errors import InputError
@@ -237,81 +236,3 @@ def _encode_labels(dataset: datasets.Dataset, args) -> tuple[datasets.Dataset, d
             return dataset, {i: str(i) for i in range(max(values) + 1)}
         dataset = dataset.class_encode_column(args.label_column)
     return dataset, dict(enumerate(dataset.features[args.label_column].names))
-
-
-# ---------------------------------------------------------------------------------------------------------- batches
-
-
-class UpdateBatchSampler(Sampler[list[int]]):
-    """
-    Endless batches of indices, a pure function of (seed, update, micro-step, rank).
-
-    All updates, of either network, take their samples one after another from one endless shuffled stream: update u
-    takes the positions u * global_batch to (u + 1) * global_batch - 1, where global_batch = accumulation * processes *
-    batch_size; epoch e of the stream is a permutation that depends on (seed, e). Each update therefore sees fresh
-    samples, and how a global batch is divided among micro-steps and processes does not change its content.
-    """
-
-    def __init__(
-        self, length: int, batch_size: int, accumulation: int, seed: int, rank: int, world_size: int, first_update: int
-    ):
-        self.length, self.batch_size, self.accumulation, self.seed = length, batch_size, accumulation, seed
-        self.rank, self.world_size, self.update = rank, world_size, first_update
-        self._epoch, self._order = -1, None
-
-    @property
-    def global_batch(self) -> int:
-        return self.accumulation * self.world_size * self.batch_size
-
-    def positions(self, micro_step: int) -> list[int]:
-        """The positions in the global batch that this rank's micro-batch covers."""
-        start = (micro_step * self.world_size + self.rank) * self.batch_size
-        return list(range(start, start + self.batch_size))
-
-    def index(self, position: int) -> int:
-        """The index of the data set at a position of the endless stream."""
-        epoch, offset = divmod(position, self.length)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.length)
-        return int(self._order[offset])
-
-    def __iter__(self):
-        while True:
-            for micro_step in range(self.accumulation):
-                start = self.update * self.global_batch
-                yield [self.index(start + position) for position in self.positions(micro_step)]
-            self.update += 1
-
-
-def make_dataloader(dataset: Dataset, sampler: UpdateBatchSampler, num_workers: int) -> DataLoader:
-    """The sampler shards the data: this loader must not be given to `accelerator.prepare`."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-    )
-
-
-class BrokenSampleCounter:
-    """Logs and counts the skipped images, and ends the run when they are more than 1% of the data set (and 10)."""
-
-    def __init__(self, length: int):
-        self.limit, self.count = min(max(10, int(MAX_BROKEN_SHARE * length)), length - 1), 0
-        self._seen = set()
-
-    def add(self, broken: list[str]) -> None:
-        for line in (line for text in broken if text for line in text.split("\n")):
-            if line in self._seen:
-                continue
-            self._seen.add(line)
-            self.count += 1
-            # An error and not a warning: the log of the other ranks starts there.
-            logger.error(f"Skipped a broken image ({self.count} so far): {line}")
-        if self.count > self.limit:
-            raise InputError(f"{self.count} broken images, more than {self.limit}: clean the data set (see the log).")
-
-    def total(self, accelerator: Accelerator) -> int:
-        """The count of all ranks. Called on all of them."""
-        return int(accelerator.reduce(torch.tensor(float(self.count), device=accelerator.device), reduction="sum"))

@@ -60,6 +60,27 @@ def step_times(num_steps: int | None, uniforms: torch.Tensor) -> tuple[torch.Ten
     return (index + 1) / num_steps, index / num_steps
 
 
+def sample_timesteps(uniforms: torch.Tensor, sampling: str, mean: float, std: float, shift: float) -> torch.Tensor:
+    """
+    Times of training, as a function of uniform numbers: their quantiles.
+
+    Args:
+        uniforms (`torch.Tensor` of shape `(batch,)`): Draws from U[0, 1).
+        sampling (`str`): `"uniform"`, or `"logit_normal"`: t = sigmoid(mean + std n) with n ~ N(0, 1).
+        mean, std (`float`): Of the logit-normal distribution; 0.8 and 0.8 in JiT.
+        shift (`float`): t <- shift t / (1 + (shift - 1) t); over 1 it moves times towards noise, 1 does nothing.
+            (Z-Image's shift of 1/3, with its 0 = noise, is 3 here.)
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`: t in (0, 1].
+    """
+    timestep = 1 - uniforms  # in (0, 1]
+    if sampling == "logit_normal":
+        quantile = torch.special.ndtri(timestep.double().clamp(1e-7, 1 - 1e-7)).to(timestep.dtype)
+        timestep = torch.sigmoid(mean + std * quantile)
+    return shift * timestep / (1 + (shift - 1) * timestep)
+
+
 def step_weight(timestep: torch.Tensor, r_timestep: torch.Tensor) -> torch.Tensor:
     """w(s, t) = max(|s - t|, 0.001), of shape `(batch,)`."""
     return (timestep - r_timestep).abs().clamp_min(0.001)

@@ -1,8 +1,9 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
-"""The losses of adversarial flow models (arXiv 2511.22475), one equation each, without their lambdas.
+"""The losses of adversarial flow models (arXiv 2511.22475) and of continuous adversarial flow models
+(arXiv 2604.11521), one equation each, without their lambdas.
 
-Logits have shape `(batch,)`, samples `(batch, ...)`, weights `(batch,)`; every loss is a float32 scalar (float64 for
-float64 inputs).
+Logits, derivatives and weights have shape `(batch,)`, samples and velocities `(batch, ...)`; every loss is a float32
+scalar (float64 for float64 inputs).
 """
 
 import torch
@@ -49,3 +50,40 @@ def optimal_transport_loss(output: torch.Tensor, source: torch.Tensor, weight: t
     """L_ot = E (1/n) ||G(x_s) - x_s||^2 / w(s, t), where n is the number of elements of a sample."""
     squared_distance = (_full_precision(output) - _full_precision(source)).square().reshape(len(source), -1)
     return (squared_distance.mean(1) / weight).mean()
+
+
+# ----------------------------------------------------------------------------------------- continuous adversarial flow
+
+
+def flow_matching_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L_FM = E (1/n) ||G(x_t, t) - (z - x)||^2, where n is the number of elements of a sample."""
+    return (_full_precision(velocity) - _full_precision(target)).square().mean()
+
+
+def discriminator_velocity_loss(derivative_real: torch.Tensor, derivative_fake: torch.Tensor) -> torch.Tensor:
+    """L^D = E (J(v) - 1)^2 + E (J(G) + 1)^2: the derivative along real velocities is 1, along generated ones -1."""
+    real, fake = _full_precision(derivative_real), _full_precision(derivative_fake)
+    return (real - 1).square().mean() + (fake + 1).square().mean()
+
+
+def generator_velocity_loss(derivative_fake: torch.Tensor) -> torch.Tensor:
+    """L^G = E (J(G) - 1)^2."""
+    return (_full_precision(derivative_fake) - 1).square().mean()
+
+
+def potential_centering_penalty(logits: torch.Tensor) -> torch.Tensor:
+    """L_cp = E D(x_t, t)^2: the losses fix the derivatives of D, this its level."""
+    return _full_precision(logits).square().mean()
+
+
+def velocity_transport_loss(velocity: torch.Tensor) -> torch.Tensor:
+    """L_ot = E (1/n) ||G(x_t, t)||^2: the transport cost of the flow, for training from scratch."""
+    return _full_precision(velocity).square().mean()
+
+
+def visible_signal(discriminator_loss: float) -> float:
+    """
+    s = 4 / L^D - 2. The best possible loss is L^D = 2 / (1 + s/2) with s = delta^T Sigma^-1 delta, delta the bias of
+    the generated velocity and Sigma the covariance of the real one given x_t: s = 0 means that D sees nothing.
+    """
+    return 4 / discriminator_loss - 2

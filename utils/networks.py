@@ -4,6 +4,7 @@
 import json
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL
 
 from adversarial_flow.models import AdversarialFlowDiscriminator, AdversarialFlowTransformer2DModel
@@ -39,13 +40,8 @@ def read_config(name_or_path: str | None, flag: str) -> dict:
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
-def network_configs(args, data: TrainingData, vae: AutoencoderKL | None) -> tuple[dict, dict]:
-    """The configs of the generator and of the discriminator: sizes from files, the rest from flags and data."""
-    path = args.model_config_name_or_path
-    transformer = read_config(path, "--model_config_name_or_path")
-    discriminator = dict(transformer)
-    if args.discriminator_config_name_or_path is not None:
-        discriminator = read_config(args.discriminator_config_name_or_path, "--discriminator_config_name_or_path")
+def data_config(args, data: TrainingData, vae: AutoencoderKL | None) -> dict:
+    """The entries of a network's config that the data and the VAE decide."""
     shared = {"sample_size": data.resolution, "in_channels": data.channels, "num_classes": len(data.id2label) or None}
     if vae is not None:
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -56,7 +52,14 @@ def network_configs(args, data: TrainingData, vae: AutoencoderKL | None) -> tupl
         if data.resolution % factor != 0:
             raise InputError(f"--resolution {data.resolution} is not divisible by the VAE's factor {factor}.")
         shared.update(sample_size=data.resolution // factor, in_channels=vae.config.latent_channels)
-    limit = transformer.get("num_classes")
+    return shared
+
+
+def transformer_config(args, data: TrainingData, vae: AutoencoderKL | None) -> dict:
+    """The sizes of `--model_config_name_or_path` with what the data decides; room for more classes is kept."""
+    path = args.model_config_name_or_path
+    config, shared = read_config(path, "--model_config_name_or_path"), data_config(args, data, vae)
+    limit = config.get("num_classes")
     if limit is not None:
         if (shared["num_classes"] or 0) > limit:
             raise InputError(
@@ -64,20 +67,102 @@ def network_configs(args, data: TrainingData, vae: AutoencoderKL | None) -> tupl
                 "raise or remove its num_classes, or choose other data."
             )
         shared["num_classes"] = limit
+    return config | shared
+
+
+def network_configs(args, data: TrainingData, vae: AutoencoderKL | None) -> tuple[dict, dict]:
+    """The configs of AFM's generator and discriminator: sizes from files, the rest from flags and data."""
+    transformer = transformer_config(args, data, vae)
+    shared = {key: transformer[key] for key in ("sample_size", "in_channels", "num_classes")}
+    discriminator = dict(transformer)
+    if args.discriminator_config_name_or_path is not None:
+        discriminator = read_config(args.discriminator_config_name_or_path, "--discriminator_config_name_or_path")
     time_conditioning = {1: "none", None: "source_target"}.get(args.num_steps, "source")
-    transformer.update(
-        shared, time_conditioning=time_conditioning, prediction_type=args.prediction_type, repeats=args.repeats
-    )
+    transformer.update(time_conditioning=time_conditioning, prediction_type=args.prediction_type, repeats=args.repeats)
     discriminator.update(shared, time_conditioning="none" if args.num_steps == 1 else "source")
     for key in ("prediction_type", "repeats"):
         discriminator.pop(key, None)
     return transformer, discriminator
 
 
+def make_network(cls: type, config: dict) -> torch.nn.Module:
+    try:
+        return cls(**config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the networks' config does not work (--model_config_name_or_path): {error}") from error
+
+
 def make_networks(
     configs: tuple[dict, dict],
 ) -> tuple[AdversarialFlowTransformer2DModel, AdversarialFlowDiscriminator]:
+    """AFM's generator and discriminator."""
+    classes = AdversarialFlowTransformer2DModel, AdversarialFlowDiscriminator
+    return tuple(make_network(cls, config) for cls, config in zip(classes, configs))
+
+
+# -------------------------------------------------------------------------------------------------------- velocities
+
+
+def velocity_config(args, data: TrainingData, vae: AutoencoderKL | None) -> dict:
+    """The config of a flow-matching model: one time, a velocity, and a null class if labels are dropped."""
+    config = transformer_config(args, data, vae)
+    use_null_class = config["num_classes"] is not None and args.label_dropout > 0
+    return config | {
+        "time_conditioning": "source",
+        "prediction_type": "velocity",
+        "use_null_class": use_null_class,
+    }
+
+
+def load_velocity_transformer(
+    args, data: TrainingData, vae: AutoencoderKL | None
+) -> AdversarialFlowTransformer2DModel:
+    """
+    The flow-matching model of `--pretrained_model_name_or_path`: a pipeline's or a model's folder, or a Hub id.
+
+    Raises:
+        InputError: if there is none, if its config and weights disagree, or if it does not fit the data or the flags.
+    """
+    path = args.pretrained_model_name_or_path
+    flag = f"--pretrained_model_name_or_path {path}"
+    model = load_network(AdversarialFlowTransformer2DModel, path, "transformer", flag)
+    config = model.config
+    if config.prediction_type != "velocity" or config.time_conditioning != "source":
+        raise InputError(
+            f"{flag}: this is not a flow-matching model (it predicts the {config.prediction_type}, with "
+            f"time_conditioning {config.time_conditioning!r}); train one with train_fm.py."
+        )
+    for key, value in data_config(args, data, vae).items():
+        if getattr(config, key) != value and not (key == "num_classes" and (value or 0) < (config.num_classes or 0)):
+            hint = "pass the --vae it was trained with" if vae is None else "leave --vae out"
+            raise InputError(
+                f"{flag}: its {key} is {getattr(config, key)}, the data has {value}: use other data or flags"
+                + (f", or {hint}." if key != "num_classes" else ".")
+            )
+    if config.num_classes is not None and args.label_dropout > 0 and not config.use_null_class:
+        raise InputError(
+            f"{flag} has no null class, which --label_dropout {args.label_dropout} needs: pass --label_dropout 0."
+        )
+    return model
+
+
+def load_network(cls: type, name_or_path: str, subfolder: str, flag: str) -> torch.nn.Module:
+    """
+    A network in float32 from a pipeline's folder or Hub id, which has it in `subfolder`, or from its own.
+
+    Raises:
+        InputError: if there is none, or if its config and weights disagree (each key named, ten at most).
+    """
+    is_model = (Path(name_or_path) / "config.json").is_file()
     try:
-        return AdversarialFlowTransformer2DModel(**configs[0]), AdversarialFlowDiscriminator(**configs[1])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the networks' config does not work (--model_config_name_or_path): {error}") from error
+        model, info = cls.from_pretrained(
+            name_or_path, subfolder=None if is_model else subfolder, output_loading_info=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:  # the Hub's client and safetensors have many kinds of errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{flag}: no {cls.__name__} could be loaded ({reason}).") from error
+    wrong = [f"{kind.split('_')[0]} {key}" for kind in ("missing_keys", "unexpected_keys") for key in info[kind]]
+    if wrong:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise InputError(f"{flag}: its config and weights disagree ({', '.join(wrong[:10])}{more}).")
+    return model

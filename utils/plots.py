@@ -14,7 +14,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 CURVES = (
-    ("Losses", ("discriminator_loss", "generator_loss", "optimal_transport_loss")),
+    ("Losses", ("discriminator_loss", "generator_loss", "optimal_transport_loss", "flow_matching_loss")),
+    ("What D sees, s", ("visible_signal",)),
     ("Logits", ("logits_real", "logits_fake")),
     ("Gradient norms", ("discriminator_grad_norm", "generator_grad_norm")),
     ("Class accuracy of samples", ("class_accuracy",)),
@@ -43,6 +44,18 @@ def image_grid(images: torch.Tensor, columns: int, min_side: int = 32, padding: 
         enlarged = image.repeat(factor, axis=0).repeat(factor, axis=1)
         canvas[top : top + height * factor, left : left + width * factor] = enlarged
     return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+
+
+def plot_grids(grids: dict[str, Image.Image], path: str | Path) -> None:
+    """Grids of samples side by side, each under its name."""
+    figure, axes = plt.subplots(1, len(grids), figsize=(5 * len(grids), 5.3), squeeze=False)
+    for axis, (name, grid) in zip(axes[0], grids.items()):
+        axis.imshow(grid, cmap="gray")
+        axis.set_title(name)
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def plot_curves(rows: list[dict], path: str | Path, references: dict[str, float] | None = None) -> None:

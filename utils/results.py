@@ -17,12 +17,12 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 
-from adversarial_flow.pipelines.pipeline_adversarial_flow import ANY_STEP_DEFAULT
+from adversarial_flow.utils.data import TrainingData
 from adversarial_flow.utils.errors import InputError
 from adversarial_flow.utils.evaluation import SampleEvaluator, sample_images
-from adversarial_flow.utils.hub import write_model_card
+from adversarial_flow.utils.hub import upload_command, write_model_card
+from adversarial_flow.utils.metrics import MetricsLog, read_metrics
 from adversarial_flow.utils.plots import image_grid, plot_curves
-from adversarial_flow.utils.training import MetricsLog, read_metrics
 
 
 logger = logging.getLogger(__name__)
@@ -68,11 +68,12 @@ def validate(
             ema.restore(parameters)
 
 
-def save_final(output_dir: str, pipeline: DiffusionPipeline, discriminator: torch.nn.Module) -> None:
-    """The pipeline with the averaged weights, and the discriminator for who wants to train on."""
+def save_final(output_dir: str, pipeline: DiffusionPipeline, discriminator: torch.nn.Module | None) -> None:
+    """The pipeline with the averaged weights, and the discriminator, if there is one, for who wants to train on."""
     try:
         pipeline.save_pretrained(output_dir)
-        discriminator.save_pretrained(str(Path(output_dir) / "discriminator"))
+        if discriminator is not None:
+            discriminator.save_pretrained(str(Path(output_dir) / "discriminator"))
     except Exception as error:  # a full disk surfaces as OSError, RuntimeError or SafetensorError
         raise InputError(
             f"--output_dir {output_dir}: the final weights could not be written ({error}). Make room on the disk and "
@@ -94,6 +95,19 @@ def _sha256(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None  # large models are sharded
 
 
+def print_next(args, data: TrainingData, more: str) -> None:
+    """Says what a finished run has left and what to run next."""
+    label = "class_labels=0" if data.id2label else ""
+    print(
+        f"\nDone: {args.output_dir}/ holds the pipeline, samples.png, curves.png and results.json.\n"
+        "What to run next:\n"
+        f'  python -c "from adversarial_flow import AdversarialFlowPipeline as P; '
+        f"P.from_pretrained('{args.output_dir}')({label}).images[0].save('sample.png')\"\n"
+        f"  {more}\n"
+        f"  {upload_command('YOUR_NAME/' + Path(args.output_dir).name, args.output_dir)}"
+    )
+
+
 def write_results(
     args, pipeline: DiffusionPipeline, evaluator: SampleEvaluator | None, log: MetricsLog, step: int, skipped: int
 ) -> None:
@@ -107,7 +121,7 @@ def write_results(
         results = {
             "steps": step,
             "sampler": type(pipeline.scheduler).__name__,
-            "num_inference_steps": pipeline.config.num_steps or f"any (scored with {ANY_STEP_DEFAULT})",
+            "num_inference_steps": pipeline.default_num_inference_steps,
             "guidance_scale": None,
             "weights": f"EMA {args.ema_decay}",
             "weights_sha256": _sha256(folder / "transformer" / SAFETENSORS_WEIGHTS_NAME),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from adversarial_flow import AdversarialFlowDiscriminator, AdversarialFlowTransformer2DModel
-from adversarial_flow.models.transformer_adversarial_flow import TIME_SCALE
+from adversarial_flow.models.transformer_adversarial_flow import time_features
 
 
 TINY = {"sample_size": 8, "patch_size": 2, "in_channels": 3, "num_layers": 2, "num_attention_heads": 2}
@@ -121,10 +121,16 @@ def test_initialisation_is_zero_and_blocks_are_the_identity():
 
 def test_time_embedding_is_the_published_one():
     """256 features [cos, sin] of 1000 t * 10000^(-i/128)."""
-    model = AdversarialFlowTransformer2DModel(**TINY, time_conditioning="source")
     angles = 1000 * 0.37 * 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
     expected = torch.cat([angles.cos(), angles.sin()])
-    assert torch.allclose(model.time_proj(torch.tensor([0.37]) * TIME_SCALE)[0].double(), expected, atol=1e-4)
+    assert torch.allclose(time_features(torch.tensor([370.0]))[0].double(), expected, atol=1e-4)
+    assert torch.allclose(time_features(torch.tensor([370.0], dtype=torch.float64))[0], expected, atol=1e-12)
+    for scale in (1000.0, 1.0):
+        model = randomized(AdversarialFlowTransformer2DModel(**TINY, time_conditioning="source", time_scale=scale))
+        x, labels = torch.randn(1, 3, 8, 8), torch.tensor([2])
+        embedded = model.time_embed(time_features(torch.tensor([0.37 * scale])))
+        assert torch.equal(model._embed_time(model.time_embed, 0.37, x), embedded)
+        assert not torch.equal(model(x, 0.37, class_labels=labels).sample, model(x, 0.38, class_labels=labels).sample)
 
 
 @pytest.mark.parametrize("cls", [AdversarialFlowTransformer2DModel, AdversarialFlowDiscriminator])

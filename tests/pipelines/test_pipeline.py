@@ -11,6 +11,7 @@ from adversarial_flow import AdversarialFlowPipeline, AdversarialFlowTransformer
 
 def make_pipeline(num_steps=1, prediction_type=None, num_classes=3, vae=None, **config):
     time_conditioning = {1: "none", None: "source_target"}.get(num_steps, "source")
+    time_conditioning = config.pop("time_conditioning", time_conditioning)
     prediction_type = prediction_type or ("sample" if num_steps == 1 else "velocity")
     config = {"sample_size": 8, "in_channels": 1, **config}
     torch.manual_seed(0)
@@ -202,3 +203,67 @@ def test_model_cpu_offload_moves_every_model_in_order():
     assert len(pipeline._all_hooks) == 2
     assert pipeline.transformer._hf_hook is pipeline._all_hooks[0].hook
     assert torch.equal(pipeline(1, generator=generator(), output_type="pt").images, expected)
+
+
+def make_flow_pipeline():
+    return make_pipeline(None, time_conditioning="source", prediction_type="velocity", use_null_class=True)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_flow_is_integrated_on_a_uniform_grid(sampler):
+    pipeline = make_flow_pipeline()
+    noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
+    x, steps = noise, 5
+    for i in range(steps, 0, -1):
+        velocity = pipeline.transformer(x, i / steps, class_labels=labels).sample
+        if sampler == "heun":
+            end = pipeline.transformer(x - velocity / steps, (i - 1) / steps, class_labels=labels).sample
+            velocity = (velocity + end) / 2
+        x = x - velocity / steps
+    sampled = pipeline([0, 2], 5, sampler=sampler, latents=noise, output_type="latent").images
+    assert torch.allclose(sampled, x.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_samplers_converge_with_their_orders():
+    """The flow of v = x + t in closed form: Euler's error halves with the step, Heun's is a quarter."""
+    pipeline = make_flow_pipeline().to(torch.float64)
+    pipeline.transformer.forward = lambda x, timestep, **kwargs: (x + timestep,)
+    noise = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    exact = (noise + 2) * torch.exp(torch.tensor(-1.0)) - 1  # x' = x + t from t = 1 to 0
+    errors = {}
+    for sampler in ("euler", "heun"):
+        results = [pipeline(0, n, sampler=sampler, latents=noise, output_type="latent").images for n in (20, 40)]
+        errors[sampler] = [(result - exact).abs().max().item() for result in results]
+    assert errors["euler"][0] / errors["euler"][1] == pytest.approx(2, rel=0.1)
+    assert errors["heun"][0] / errors["heun"][1] == pytest.approx(4, rel=0.1)
+
+
+def test_guidance_in_its_interval():
+    pipeline = make_flow_pipeline()
+    noise, null = torch.randn(1, 1, 8, 8), torch.tensor([3])
+    plain = pipeline(1, 2, latents=noise, output_type="latent").images
+    assert torch.equal(pipeline(1, 2, guidance_scale=1.0, latents=noise, output_type="latent").images, plain)
+    x = noise
+    for time, scale in ((1.0, 1.0), (0.5, 3.0)):  # the interval leaves the first step alone
+        v_class, v_null = (pipeline.transformer(x, time, class_labels=c).sample for c in (torch.tensor([1]), null))
+        x = x - 0.5 * (v_null + scale * (v_class - v_null))
+    guided = pipeline(1, 2, guidance_scale=3.0, guidance_interval=(0.0, 0.9), latents=noise, output_type="latent")
+    assert torch.allclose(guided.images, x.detach(), rtol=1e-4, atol=1e-4) and not torch.allclose(guided.images, plain)
+
+
+def test_steps_by_default():
+    assert make_pipeline(None).default_num_inference_steps == 8
+    assert make_flow_pipeline().default_num_inference_steps == 50
+    assert make_pipeline(4).default_num_inference_steps == 4
+
+
+def test_samplers_and_guidance_that_do_not_fit():
+    with pytest.raises(ValueError, match="`sampler='heun'` integrates a velocity"):
+        make_pipeline(4)(0, sampler="heun")
+    with pytest.raises(ValueError, match="`sampler` must be"):
+        make_flow_pipeline()(0, sampler="rk4")
+    for pipeline in (make_pipeline(4), make_pipeline(4, num_classes=None)):
+        with pytest.raises(ValueError, match="needs a model with a null class"):
+            pipeline(
+                **({} if pipeline.transformer.config.num_classes is None else {"class_labels": 0}), guidance_scale=2
+            )

@@ -9,7 +9,7 @@ from conftest import ROOT, assert_same_folder_weights
 from PIL import Image
 from safetensors.torch import load_file
 
-from adversarial_flow.utils.training import read_metrics
+from adversarial_flow.utils.metrics import read_metrics
 
 
 TWO_PROCESSES = ("--config_file", str(ROOT / "configs" / "accelerate" / "2_cpu_processes.yaml"))

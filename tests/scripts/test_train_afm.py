@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from adversarial_flow import AdversarialFlowPipeline
 from adversarial_flow.utils.checkpointing import read_checkpoint
-from adversarial_flow.utils.training import read_metrics
+from adversarial_flow.utils.metrics import read_metrics
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def test_dry_run_prints_and_writes_nothing(run, tmp_path, capsys):
         "--dry_run", "--model_config_name_or_path", ROOT / "configs" / "models" / "xl_2.json", "--train_batch_size", 64
     )
     printed = capsys.readouterr().out
-    # The published XL/2 (32x32x4, 1,000 classes) on 8x8x1 and 10 classes; 4 bytes x (weights, gradients, 2 moments; and G's average)
+    # The published XL/2 (32x32x4, 1,000 classes) on 8x8x1 and 10 classes; weights, gradients, 2 moments, G's average
     generator, discriminator = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", printed))
     states = 4 * (5 * generator + 4 * discriminator) / 2**30
     fewer = 1152 * (240 + 12 + 12 + 990) + 12  # positions, channels in and out, classes

@@ -1,0 +1,80 @@
+# Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
+"""The batches of models that predict velocities (flow matching and CAFM), and the flags that both share."""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from diffusers import FlowMapEulerDiscreteScheduler
+
+from adversarial_flow.pipelines import AdversarialFlowPipeline
+from adversarial_flow.utils.arguments import check_range
+from adversarial_flow.utils.batches import ImageBatches
+from adversarial_flow.utils.data import TrainingData
+from adversarial_flow.utils.errors import InputError
+from adversarial_flow.utils.flow import interpolate, sample_timesteps
+
+
+@dataclass
+class VelocityBatch:
+    """A micro-batch of points on the straight paths between data and noise, with the velocities there."""
+
+    hidden_states: torch.Tensor  # (B, C, H, W), x_t = (1 - t) x + t z
+    velocity: torch.Tensor  # (B, C, H, W), z - x
+    timestep: torch.Tensor  # (B,), t
+    class_labels: torch.Tensor | None  # (B,), some of them the null class
+
+
+class VelocityBatches(ImageBatches):
+    """
+    Endless [`VelocityBatch`]es, for the updates of all networks in turn.
+
+    Arguments: as for [`~utils.batches.ImageBatches`], without the counts.
+    """
+
+    def __init__(self, dataset, config, args, accelerator, vae, first_update: int):
+        super().__init__(dataset, config, args, accelerator, vae, first_update, num_normals=1, num_uniforms=3)
+        self.times = (args.time_sampling, args.logit_mean, args.logit_std, args.time_shift)
+        self.label_dropout, self.null_class = args.label_dropout, config.num_classes
+
+    def __next__(self) -> VelocityBatch:
+        batch = super().__next__()
+        noise, labels = batch.normals[0], batch.class_labels
+        timestep = sample_timesteps(batch.uniforms[:, 0], *self.times)
+        if labels is not None:
+            labels = torch.where(batch.uniforms[:, 1] < self.label_dropout, self.null_class, labels)
+        hidden_states = interpolate(batch.images, noise, timestep)
+        return VelocityBatch(hidden_states, noise - batch.images, timestep, labels)
+
+
+def predict_velocity(transformer: torch.nn.Module, batch: VelocityBatch) -> torch.Tensor:
+    """G(x_t, t, c) for a micro-batch, of shape `(B, C, H, W)`."""
+    return transformer(batch.hidden_states, batch.timestep, class_labels=batch.class_labels, return_dict=False)[0]
+
+
+def add_velocity_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("times and labels")
+    group.add_argument("--time_sampling", choices=("uniform", "logit_normal"), default="uniform")
+    group.add_argument("--logit_mean", type=float, default=0.8, help="Of logit_normal; times run from data to noise.")
+    group.add_argument("--logit_std", type=float, default=0.8, help="Of logit_normal.")
+    group.add_argument("--time_shift", type=float, default=1.0, help="Over 1: more times near noise.")
+    group.add_argument("--label_dropout", type=float, default=0.1, help="Share of labels set to the null class.")
+
+
+def check_velocity_arguments(args: argparse.Namespace) -> None:
+    for name in ("logit_std", "time_shift"):
+        check_range(args, name, open_ends=True)
+    if not 0 <= args.label_dropout < 1:
+        raise InputError(f"--label_dropout must be in [0, 1), not {args.label_dropout}.")
+
+
+def make_pipeline(transformer: torch.nn.Module, vae, data: TrainingData) -> AdversarialFlowPipeline:
+    pipeline = AdversarialFlowPipeline(
+        transformer=transformer,
+        scheduler=FlowMapEulerDiscreteScheduler(),
+        vae=vae,
+        id2label={str(index): name for index, name in data.id2label.items()},
+        num_steps=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -21,6 +21,7 @@ from adversarial_flow.utils.arguments import (
     add_training_arguments,
     check_arguments,
     check_range,
+    make_parser,
     parse_with_recipe,
 )
 from adversarial_flow.utils.checkpointing import architecture, register_model_folders, save_checkpoint
@@ -72,7 +73,7 @@ def num_steps_type(value: str) -> int | None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     group = parser.add_argument_group("networks")
     group.add_argument("--model_config_name_or_path", type=str, help="Config of the transformer (configs/models/).")
     group.add_argument("--discriminator_config_name_or_path", type=str, help="Default: the transformer's sizes.")
@@ -282,6 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         "updates_per_step": args.ttur + 1,
         "seed": args.seed,
         "global_batch": global_batch,
+        "max_train_steps": args.max_train_steps,
     }
     resume = find_resume(args, accelerator, run_state["architecture"])
     transformer, discriminator = make_networks(configs)
@@ -306,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     nonfinite = NonFiniteGuard(args.max_skipped_updates)
     accelerator.register_for_checkpointing(scheduler_g, scheduler_d, normalization, nonfinite)
     register_model_folders(accelerator, {"transformer": plain_transformer, "discriminator": plain_discriminator}, ema)
-    first_step = load_run(accelerator, resume, run_state)
+    first_step = load_run(args, accelerator, resume, run_state)
     set_rates(args, optimizer_g, scheduler_g, rate_g)
     set_rates(args, optimizer_d, scheduler_d, rate_d)
 

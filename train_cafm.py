@@ -28,6 +28,7 @@ from adversarial_flow.utils.arguments import (
     add_training_arguments,
     check_arguments,
     check_range,
+    make_parser,
     parse_with_recipe,
 )
 from adversarial_flow.utils.cafm import Phases, discriminator_loss, generator_loss
@@ -81,7 +82,7 @@ def warmup_type(value: str) -> int | None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     group = parser.add_argument_group("networks")
     group.add_argument(
         "--pretrained_model_name_or_path", type=str, help="The flow-matching model to post-train: a pipeline or model."
@@ -331,6 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         "ttur": args.ttur,
         "seed": args.seed,
         "global_batch": global_batch,
+        "max_train_steps": args.max_train_steps,
     }
     resume = find_resume(args, accelerator, run_state["architecture"])
     if args.gradient_checkpointing:
@@ -355,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     nonfinite = NonFiniteGuard(args.max_skipped_updates)
     accelerator.register_for_checkpointing(scheduler_g, scheduler_d, phases, nonfinite)
     register_model_folders(accelerator, {"transformer": plain_transformer, "discriminator": discriminator}, ema)
-    first_step = load_run(accelerator, resume, run_state)
+    first_step = load_run(args, accelerator, resume, run_state)
     set_rates(args, optimizer_g, scheduler_g, args.learning_rate)
     set_rates(args, optimizer_d, scheduler_d, rate_d)
 

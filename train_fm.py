@@ -17,6 +17,7 @@ from adversarial_flow.utils.arguments import (
     add_data_arguments,
     add_training_arguments,
     check_arguments,
+    make_parser,
     parse_with_recipe,
 )
 from adversarial_flow.utils.checkpointing import architecture, register_model_folders, save_checkpoint
@@ -53,7 +54,7 @@ DIGITS_RECIPE = Path(__file__).parent / "configs" / "recipes" / "fm_digits.json"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     group = parser.add_argument_group("network")
     group.add_argument("--model_config_name_or_path", type=str, help="Config of the transformer (configs/models/).")
     group.add_argument("--pretrained_model_name_or_path", type=str, help="Go on from this pipeline or model.")
@@ -107,6 +108,7 @@ def train(args: argparse.Namespace) -> None:
         "architecture": {"transformer": architecture(transformer)},
         "seed": args.seed,
         "global_batch": global_batch,
+        "max_train_steps": args.max_train_steps,
     }
     resume = find_resume(args, accelerator, run_state["architecture"])
     if args.gradient_checkpointing:
@@ -124,7 +126,7 @@ def train(args: argparse.Namespace) -> None:
     nonfinite = NonFiniteGuard(args.max_skipped_updates)
     accelerator.register_for_checkpointing(scheduler, nonfinite)
     register_model_folders(accelerator, {"transformer": plain_transformer}, ema)
-    first_step = load_run(accelerator, resume, run_state)
+    first_step = load_run(args, accelerator, resume, run_state)
     set_rates(args, optimizer, scheduler, args.learning_rate)
 
     batches = VelocityBatches(data.dataset, plain_transformer.config, args, accelerator, vae, first_step)

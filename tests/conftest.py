@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -24,13 +24,23 @@ def single_thread():
     torch.manual_seed(0)
 
 
+sys.path.insert(0, str(ROOT))  # where the scripts lie, for tests and for train_cafm.py, which imports train_fm.py
+
+
 @pytest.fixture(scope="session")
 def train_afm():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("train_afm", ROOT / "train_afm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("train_afm")
+
+
+@pytest.fixture(scope="session")
+def train_fm():
+    return importlib.import_module("train_fm")
+
+
+@pytest.fixture(scope="session")
+def train_cafm():
+    return importlib.import_module("train_cafm")
 
 
 @pytest.fixture
@@ -45,13 +55,31 @@ def run(train_afm, tiny_config, tmp_path, monkeypatch):
     """Runs `train_afm.main` in this process on a tiny network, with later flags overriding the tiny ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_afm, "SampleEvaluator", _NoEvaluator)
+    return lambda *flags: run_main(train_afm, "--model_config_name_or_path", tiny_config, *flags)
 
-    def run_main(*flags: str) -> None:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        train_afm.main(["--model_config_name_or_path", tiny_config, *TINY_FLAGS, *map(str, flags)])
 
-    return run_main
+def run_main(script, *flags) -> None:
+    """Runs a script's `main` in this process, as if it were a new one."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    script.main([*TINY_FLAGS, *map(str, flags)])
+
+
+@pytest.fixture
+def run_fm(train_fm, tiny_config, tmp_path, monkeypatch):
+    """Runs `train_fm.main` on a tiny network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_fm, "SampleEvaluator", _NoEvaluator)
+    return lambda *flags: run_main(train_fm, "--model_config_name_or_path", tiny_config, *flags)
+
+
+@pytest.fixture
+def run_cafm(train_cafm, run_fm, monkeypatch):
+    """Runs `train_cafm.main` from a tiny flow-matching model in `start/`, with a short warm-up and N = 2."""
+    monkeypatch.setattr(train_cafm, "SampleEvaluator", _NoEvaluator)
+    run_fm("--output_dir", "start", "--learning_rate", 1e-2, "--max_train_steps", 20)
+    common = ("--pretrained_model_name_or_path", "start", "--ttur", 2, "--discriminator_warmup_steps", 2)
+    return lambda *flags: run_main(train_cafm, *common, "--max_train_steps", 8, *flags)
 
 
 @pytest.fixture
@@ -78,11 +106,14 @@ class _NoEvaluator:
 def run_command(tmp_path, tiny_config):
     """Runs the script in a process of its own, optionally through `accelerate launch`; returns the process."""
 
-    def run_process(*flags: str, launch: tuple[str, ...] | None = None, timeout: int = 300, **kwargs):
+    def run_process(
+        *flags: str, launch: tuple[str, ...] | None = None, timeout: int = 300, script="train_afm.py", **kwargs
+    ):
         command = [sys.executable]
         if launch is not None:
             command += ["-m", "accelerate.commands.accelerate_cli", "launch", *launch]
-        command += [str(ROOT / "train_afm.py"), "--model_config_name_or_path", tiny_config, *TINY_FLAGS]
+        sizes = ["--model_config_name_or_path", tiny_config] if script != "train_cafm.py" else []
+        command += [str(ROOT / script), *sizes, *TINY_FLAGS]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(
             [*command, *map(str, flags)],

@@ -45,7 +45,7 @@ class FlowBatches(ImageBatches):
         super().__init__(dataset, config, args, accelerator, vae, first_update, **counts)
         self.num_steps = args.num_steps
         # The penalised positions are spread evenly over the global batch, at least one of them.
-        self.num_penalised = math.ceil(round(args.gp_batch_ratio * self.sampler.global_batch, 6))
+        self.num_penalised = max(1, math.ceil(round(args.gp_batch_ratio * self.sampler.global_batch, 6)))
 
     def __next__(self) -> FlowBatch:
         batch, count, global_batch = super().__next__(), self.num_penalised, self.sampler.global_batch

@@ -14,6 +14,12 @@ from adversarial_flow.utils.checkpointing import holds_run, list_checkpoints
 from adversarial_flow.utils.errors import InputError
 
 
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Flags are given in full: what looks for a flag on the command line (the token's) must find it."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data (without --train_data_dir and --dataset_name: scikit-learn's digits)")
     group.add_argument("--train_data_dir", type=str, help="A folder of images; each sub-folder is a class.")
@@ -111,14 +117,14 @@ def parse_with_recipe(parser: argparse.ArgumentParser, default_recipe: Path | No
     recipe_flags = []
     if recipe is not None:
         try:
-            values = json.loads(recipe.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"--recipe {recipe}: can't be read as JSON ({error}).") from error
+            values = dict(json.loads(recipe.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"--recipe {recipe}: can't be read as a JSON object ({error}).") from error
         known = {action.dest for action in parser._actions}
         for name, value in values.items():
             if name not in known:
                 raise InputError(f"--recipe {recipe}: there is no flag --{name}.")
-            if name.endswith("config_name_or_path") and (recipe.parent / value).exists():
+            if isinstance(value, str) and name.endswith("config_name_or_path") and (recipe.parent / value).exists():
                 value = os.path.normpath(recipe.parent / value)
             if value is True:
                 recipe_flags.append(f"--{name}")
@@ -156,7 +162,8 @@ def check_arguments(args: argparse.Namespace, name: str) -> None:
     at_least_one += ("validation_steps", "logging_steps", "max_skipped_updates", "resolution")
     for flag in at_least_one:
         check_range(args, flag, lowest=1)
-    for flag in ("seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers"):
+    check_range(args, "seed", highest=2**32 - 1)
+    for flag in ("learning_rate", "lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers"):
         check_range(args, flag)
     check_range(args, "adam_epsilon", open_ends=True)
     check_range(args, "max_grad_norm", open_ends=True)
@@ -183,8 +190,18 @@ def prepare_output_dir(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: this is a file, name a folder.")
-    can_resume = args.resume_from_checkpoint and (holds_run(folder) or list_checkpoints(folder))
-    if folder.is_dir() and any(folder.iterdir()) and not can_resume:
+    if args.dry_run:
+        return
+    resuming = args.resume_from_checkpoint is not None
+    if (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not (resuming and (holds_run(folder) or list_checkpoints(folder)))
+    ):
+        if resuming:
+            raise InputError(
+                f"--output_dir {folder} holds other files and no run to go on with: choose another folder."
+            )
         if not args.overwrite_output_dir:
             raise InputError(
                 f"--output_dir {folder} holds another run or other files. Continue it with --resume_from_checkpoint "
@@ -195,8 +212,6 @@ def prepare_output_dir(args: argparse.Namespace) -> None:
                 f"--output_dir {folder} holds files that no training script has written, and --overwrite_output_dir "
                 "removes runs only: choose another folder."
             )
-    if args.dry_run:
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"

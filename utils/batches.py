@@ -2,6 +2,7 @@
 """Micro-batches of images with all random numbers that an update needs, as a function of (seed, update, position)."""
 
 import logging
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,13 +68,20 @@ def make_dataloader(dataset: Dataset, sampler: UpdateBatchSampler, num_workers: 
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_main_process,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
 
 
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A SIGTERM or Ctrl-C often reaches the whole process group; the run must outlive it to save."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class BrokenSampleCounter:
-    """Logs and counts the skipped images, and ends the run when they are more than 1% of the data set (and 10)."""
+    """Logs and counts the images skipped on this rank, and ends the run at more than 1% of the data set (and 10)."""
 
     def __init__(self, length: int):
         self.limit, self.count = min(max(10, int(MAX_BROKEN_SHARE * length)), length - 1), 0

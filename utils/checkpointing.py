@@ -62,9 +62,11 @@ def register_model_folders(accelerator: Accelerator, models: dict[str, torch.nn.
     def load_models(unused_models: list, input_dir: str) -> None:
         for name, model in models.items():
             model.load_state_dict(type(model).from_pretrained(os.path.join(input_dir, name)).state_dict())
-        loaded = EMAModel.from_pretrained(os.path.join(input_dir, "transformer_ema"), ema.model_cls)
+        averaged = ema.model_cls.from_pretrained(os.path.join(input_dir, "transformer_ema"))
+        state = {name: averaged.config[name] for name in ema.state_dict() if name in averaged.config}
         # The decay of this run's flags goes before the one in the checkpoint.
-        ema.load_state_dict(loaded.state_dict() | {"decay": ema.decay, "min_decay": ema.min_decay})
+        state |= {"decay": ema.decay, "min_decay": ema.min_decay, "shadow_params": list(averaged.parameters())}
+        ema.load_state_dict(state)
         ema.to(accelerator.device)
         unused_models.clear()
 
@@ -85,15 +87,15 @@ def save_checkpoint(
         state (`dict`): JSON values that [`find_checkpoint`] gives back; `"architecture"` is compared on resuming.
 
     Raises:
-        InputError: on all ranks, if any rank could not write. What was there before is untouched.
+        InputError: on all ranks, if any rank could not write. The newest checkpoint of before is untouched.
     """
     temporary = Path(output_dir) / f"{TEMPORARY_PREFIX}{step}"
     final = Path(output_dir) / f"checkpoint-{step}"
     error = None
     if accelerator.is_main_process:
         # Makes room first, as diffusers' examples do, but never at the price of the last checkpoint.
-        _rotate(output_dir, step - 1, max(total_limit - 1, 1) if total_limit is not None else None)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_oldest(output_dir, step - 1, max(total_limit - 1, 1) if total_limit is not None else None)
+        _remove(temporary)
     accelerator.wait_for_everyone()
     try:
         temporary.mkdir(parents=True, exist_ok=True)
@@ -105,16 +107,19 @@ def save_checkpoint(
         try:
             files = {str(p.relative_to(temporary)): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
             (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state, "files": files}, indent=2))
-            if final.exists():
-                shutil.rmtree(final)
+            _remove(final)
             os.replace(temporary, final)
-            _rotate(output_dir, step, total_limit)
+            for folder in list_checkpoints(output_dir):
+                if checkpoint_step(folder) > step:
+                    logger.warning(f"Removing {folder}: this run went on from an earlier checkpoint.")
+                    _remove(folder)
+            _remove_oldest(output_dir, step, total_limit)
         except OSError as exception:
             error = exception
     failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), reduction="sum")
     if failed != 0:
         if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
         kept, _ = newest_whole_checkpoint(output_dir) or (None, None)
         raise InputError(
             f"--output_dir {output_dir}: checkpoint {step} could not be written ({error or 'on another rank'}). Make "
@@ -123,17 +128,20 @@ def save_checkpoint(
     return final
 
 
-def _rotate(output_dir: str | Path, step: int, keep: int | None) -> None:
-    """Removes checkpoints of steps after `step`, and the oldest of the others until `keep` are left (`None`: all)."""
-    checkpoints = list_checkpoints(output_dir)
-    stale = [folder for folder in checkpoints if checkpoint_step(folder) > step]
-    valid = [folder for folder in checkpoints if checkpoint_step(folder) <= step]
-    for folder in stale:
-        logger.warning(f"Removing {folder}: this run went on from an earlier checkpoint.")
-        shutil.rmtree(folder, ignore_errors=True)
-    for folder in valid[:-keep] if keep is not None else []:
+def _remove_oldest(output_dir: str | Path, up_to_step: int, keep: int | None) -> None:
+    """Leaves the newest `keep` of the checkpoints up to a step (`None`: all)."""
+    checkpoints = [folder for folder in list_checkpoints(output_dir) if checkpoint_step(folder) <= up_to_step]
+    for folder in checkpoints[:-keep] if keep is not None else []:
         logger.info(f"Removing {folder} (--checkpoints_total_limit).")
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a folder or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def clear_run(output_dir: str | Path, going_on: bool) -> None:
@@ -146,10 +154,7 @@ def clear_run(output_dir: str | Path, going_on: bool) -> None:
     if not going_on and holds_run(folder):
         leftovers += list_checkpoints(folder) + [folder / name for name in RUN_FILES]
     for path in leftovers:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def read_checkpoint(folder: Path) -> dict:
@@ -161,9 +166,11 @@ def read_checkpoint(folder: Path) -> dict:
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: {STATE_FILE} can't be read ({error}).") from error
-    for name, size in state["files"].items():
+        files = {**state["files"]}
+        state["step"], state["architecture"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: {STATE_FILE} can't be read ({error!r}).") from error
+    for name, size in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise InputError(f"{folder}: {name} is missing or truncated.")
@@ -236,7 +243,8 @@ def find_checkpoint(
 
 
 def belongs_to(checkpoint: Path, output_dir: str | Path) -> bool:
-    return checkpoint.resolve().parent == Path(output_dir).resolve()
+    """Whether the checkpoint, or a link to it, lies in the folder."""
+    return Path(os.path.abspath(checkpoint)).parent.resolve() == Path(output_dir).resolve()
 
 
 def _existing(output_dir: str | Path, names: tuple[str, ...]) -> list[str]:

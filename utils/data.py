@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
@@ -21,9 +21,7 @@ from adversarial_flow.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what a broken file makes Pillow raise
 CHECKED_IMAGES = 1000  # how many images, evenly spread, are looked at before training starts
-MAX_BROKEN_SHARE = 0.01  # more broken images than this share of the data set (and more than 10) end the run
 
 
 @dataclass
@@ -99,8 +97,11 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
     """Grey (1) or RGB (3) with 8 bits; of 16-bit grey images the upper 8 bits, where Pillow would saturate."""
+    if image.mode == "F":
+        raise OSError("floating-point images have no range that is known: convert them to 8 bits")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(image)
+        image = Image.fromarray((pixels >> (8 if pixels.max() > 255 else 0)).clip(0, 255).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -133,10 +134,11 @@ class ImageDataset(Dataset):
             try:
                 image = self._open(row)
                 image.load()
+                image = ImageOps.exif_transpose(image)
                 if self._too_small(image):
                     raise OSError(f"{image.size[0]}x{image.size[1]} is smaller than {self.resolution} pixels")
                 image = center_crop(convert(image, self.channels), self.resolution)
-            except UNREADABLE as error:
+            except Exception as error:  # a broken file makes Pillow raise more than a dozen kinds
                 broken.append(f"{self._name(row, index + offset)}: {error}")
                 continue
             label = row[self.label_column] if self.label_column else 0
@@ -167,7 +169,7 @@ class ImageDataset(Dataset):
             row = self.dataset[int(index)]
             try:
                 image = self._open(row)
-            except UNREADABLE:
+            except Exception:
                 continue  # counted and logged when its turn comes in training
             readable += 1
             if self._too_small(image):
@@ -188,16 +190,30 @@ def _load_image_dataset(args) -> datasets.Dataset:
     if args.train_data_dir is not None:
         if not os.path.isdir(args.train_data_dir):
             raise InputError(f"--train_data_dir {args.train_data_dir}: there is no such folder.")
-        source, kwargs = "imagefolder", {"data_dir": args.train_data_dir}
+        # All files are the training data: left to itself, `imagefolder` takes "test" in a name for another split.
+        files = {"train": os.path.join(args.train_data_dir, "**")}
+        source, kwargs = "imagefolder", {"data_files": files}
     else:
         source, kwargs = args.dataset_name, {"name": args.dataset_config_name}
     flag = "--train_data_dir" if args.train_data_dir is not None else "--dataset_name"
     value = args.train_data_dir or args.dataset_name
     try:
-        if args.dataset_name is not None and os.path.isfile(os.path.join(source, "dataset_info.json")):
+        if args.train_data_dir is not None:
+            dataset = datasets.load_dataset(source, split="train", cache_dir=args.cache_dir, **kwargs)
+        elif os.path.isfile(os.path.join(source, "dataset_dict.json")):
+            dataset = datasets.load_from_disk(source)[args.dataset_split]
+        elif os.path.isfile(os.path.join(source, "dataset_info.json")):
+            if args.dataset_split != "train":
+                raise InputError(
+                    f"--dataset_split {args.dataset_split}: {value} was saved without splits; leave it out."
+                )
             dataset = datasets.load_from_disk(source)
         else:
             dataset = datasets.load_dataset(source, split=args.dataset_split, cache_dir=args.cache_dir, **kwargs)
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"--dataset_split {args.dataset_split}: {value} has no such split.") from error
     except IndexError as error:  # what `load_from_disk` makes of a data set without rows
         raise InputError(f"{flag} {value}: the data set is empty.") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -233,6 +249,11 @@ def _encode_labels(dataset: datasets.Dataset, args) -> tuple[datasets.Dataset, d
         if all(isinstance(value, int) for value in values):
             if min(values) < 0:
                 raise InputError(f"--label_column {args.label_column}: the label {min(values)} is negative.")
+            if max(values) >= 1000 + 100 * len(values):
+                raise InputError(
+                    f"--label_column {args.label_column}: {len(values)} different labels go up to {max(values)}; "
+                    "number the classes from 0 on, or turn the column into strings."
+                )
             return dataset, {i: str(i) for i in range(max(values) + 1)}
         dataset = dataset.class_encode_column(args.label_column)
     return dataset, dict(enumerate(dataset.features[args.label_column].names))

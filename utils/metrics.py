@@ -2,6 +2,7 @@
 """The log of a run: averages over updates to `metrics.jsonl` and to the trackers."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,14 @@ class MetricsLog:
         self._sums, self._counts, self._failed = {}, {}, set()
         self._images, self._since = 0, time.perf_counter()
         if accelerator.is_main_process:
-            rows = [row for row in read_metrics(self.path) if row["step"] <= first_step] if first_step else []
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            self._guarded(f"Writing {self.path}", lambda: self._keep_until(first_step))
+
+    def _keep_until(self, step: int) -> None:
+        """Drops the rows of steps that will be made again; the file is replaced as a whole."""
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if step else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(temporary, self.path)
 
     def start_trackers(self, project: str, config: dict) -> None:
         """Starts the trackers with the run's flags."""
@@ -90,11 +97,11 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a `metrics.jsonl`, without a last line that a killed process left unfinished."""
+    """The rows of a `metrics.jsonl`, without lines that a killed process left unfinished."""
     rows = []
     for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            break
+            continue
     return rows

@@ -33,7 +33,7 @@ def read_config(name_or_path: str | None, flag: str) -> dict:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(name_or_path, "config.json"))
-        values = json.loads(path.read_text())
+        values = dict(json.loads(path.read_text()))
     except Exception as error:  # the Hub's client has many kinds of errors, all mean that there is no config
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{flag} {name_or_path}: no config could be read there ({reason}).") from error
@@ -61,7 +61,12 @@ def transformer_config(args, data: TrainingData, vae: AutoencoderKL | None) -> d
     config, shared = read_config(path, "--model_config_name_or_path"), data_config(args, data, vae)
     limit = config.get("num_classes")
     if limit is not None:
-        if (shared["num_classes"] or 0) > limit:
+        if shared["num_classes"] is None:
+            raise InputError(
+                f"the data has no labels and --model_config_name_or_path {path} says {limit} classes: name the labels "
+                "with --label_column, put the images of each class into a folder, or remove num_classes."
+            )
+        if shared["num_classes"] > limit:
             raise InputError(
                 f"the data has {shared['num_classes']} classes and --model_config_name_or_path {path} says {limit}: "
                 "raise or remove its num_classes, or choose other data."
@@ -88,7 +93,7 @@ def network_configs(args, data: TrainingData, vae: AutoencoderKL | None) -> tupl
 def make_network(cls: type, config: dict) -> torch.nn.Module:
     try:
         return cls(**config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise InputError(f"the networks' config does not work (--model_config_name_or_path): {error}") from error
 
 

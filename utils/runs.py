@@ -77,9 +77,12 @@ def make_optimizer(args, model: torch.nn.Module, learning_rate: float, num_updat
     """AdamW and its schedule, whose unit is one update of this network; it is not prepared by accelerate."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **adam_flags(args))
-    scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_updates
-    )
+    try:
+        scheduler = get_scheduler(
+            args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_updates
+        )
+    except ValueError as error:  # the polynomial ends at 1e-7, whatever the rate
+        raise InputError(f"--lr_scheduler {args.lr_scheduler} and --learning_rate {learning_rate}: {error}") from error
     return optimizer, scheduler
 
 
@@ -95,8 +98,20 @@ def make_ema(args, model: torch.nn.Module) -> EMAModel:
     )
 
 
-def load_run(accelerator: Accelerator, resume: tuple[Path, dict] | None, run_state: dict) -> int:
-    """Loads the checkpoint found by [`find_resume`] and returns the number of steps that it holds."""
+def load_run(args, accelerator: Accelerator, resume: tuple[Path, dict] | None, run_state: dict) -> int:
+    """
+    Loads the checkpoint found by [`find_resume`] and returns the number of steps that it holds.
+
+    Raises:
+        InputError: if processes on different machines found different ones.
+    """
+    first_step = 0 if resume is None else resume[1]["step"]
+    steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device))
+    if (steps != first_step).any():
+        raise InputError(
+            f"--resume_from_checkpoint: the processes found checkpoints of different steps ({steps.tolist()}): "
+            "--output_dir must be on a file system that all machines see."
+        )
     if resume is None:
         return 0
     checkpoint, state = resume
@@ -105,7 +120,9 @@ def load_run(accelerator: Accelerator, resume: tuple[Path, dict] | None, run_sta
         if key != "architecture" and state.get(key) != value:
             logger.warning(f"{checkpoint.name} was made with {key} {state.get(key)}, this run has {value}.")
     logger.info(f"Resuming from {checkpoint} at step {state['step']}.")
-    return state["step"]
+    if first_step >= args.max_train_steps:
+        logger.warning(f"--max_train_steps {args.max_train_steps} is reached: nothing is left to train.")
+    return first_step
 
 
 def set_rates(args, optimizer, scheduler, learning_rate: float) -> None:

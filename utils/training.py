@@ -37,6 +37,12 @@ def make_accelerator(args) -> Accelerator:
     """
     if args.mixed_precision == "fp16":
         raise InputError("--mixed_precision fp16: adversarial gradients under- and overflow in fp16; use bf16 or no.")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision is None and precision not in ("no", "bf16"):
+        raise InputError(
+            f"accelerate is configured for {precision}: pass --mixed_precision bf16 or no, or run `accelerate config` "
+            "again."
+        )
     if args.report_to == "wandb" and not is_wandb_available():
         raise InputError("--report_to wandb: wandb is not installed; run pip install wandb or use another tracker.")
     for name, kind in UNTESTED_LAUNCHES.items():  # accelerate itself fails with them where they are not installed
@@ -52,11 +58,6 @@ def make_accelerator(args) -> Accelerator:
         # Buffers are constants here; every parameter is used in every forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise InputError(
-            f"accelerate is configured for {accelerator.mixed_precision}: pass --mixed_precision bf16 or no, or run "
-            "`accelerate config` again."
-        )
     if accelerator.distributed_type not in TESTED_DISTRIBUTED_TYPES:
         raise InputError(_refusal(accelerator.distributed_type.value))
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ

@@ -80,6 +80,30 @@ def test_data_sets_with_holes(fails, run, tmp_path, log_text):
     assert "row 11: the image is missing (null)" in log_text()
 
 
+def test_data_sets_with_splits_and_far_labels(fails, run, tmp_path):
+    import datasets
+
+    picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": [picture] * 10, "label": list(range(10))}, features=features)
+    far = rows.map(lambda row: {"label": 2_000_000 * row["label"]})
+    rows.save_to_disk(tmp_path / "plain")
+    far.save_to_disk(tmp_path / "far")
+    datasets.DatasetDict({"small": rows}).save_to_disk(tmp_path / "splits")
+    common = ("--resolution", 8, "--output_dir", "out", "--dataset_name")
+    fails("10 different labels go up to 18000000; number the classes from 0 on", *common, tmp_path / "far")
+    fails("--dataset_split tset: .* was saved without splits", *common, tmp_path / "plain", "--dataset_split", "tset")
+    fails("--dataset_split tset: .* has no such split", *common, tmp_path / "splits", "--dataset_split", "tset")
+    run(*common, tmp_path / "splits", "--dataset_split", "small")
+
+
+def test_no_labels_for_a_model_with_classes(fails, tmp_path):
+    make_images(tmp_path / "data", classes=("a",))
+    (tmp_path / "classes.json").write_text(patch(tmp_path, 4).read_text().replace("{", '{"num_classes": 1000, '))
+    flags = ("--train_data_dir", tmp_path / "data" / "a", "--resolution", 16)
+    fails("the data has no labels and .* says 1000", *flags, "--model_config_name_or_path", tmp_path / "classes.json")
+
+
 def test_bombs_are_broken_images(fails, tmp_path, monkeypatch):
     folder = make_images(tmp_path / "data")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
@@ -157,7 +181,8 @@ def test_three_steps_are_fine(run, tmp_path):
         (("--vae", "nowhere"), "--vae nowhere: no AutoencoderKL could be loaded"),
         (("--recipe", "nowhere.json"), "--recipe nowhere.json: can't be read"),
         (("--resume_from_checkpoint", "checkpoint-7"), "there is no such folder"),
-        (("--seed", -1), "--seed must not be negative, not -1"),
+        (("--seed", -1), "--seed must be between 0 and 4294967295, not -1"),
+        (("--lr_scheduler", "polynomial", "--learning_rate", 1e-8), "--lr_scheduler polynomial and --learning_rate"),
         (("--learning_rate", -1), "--learning_rate must not be negative"),
         (("--discriminator_learning_rate", "inf"), "--discriminator_learning_rate must not be negative, not inf"),
         (("--adam_beta2", 1.0), r"--adam_beta2 must be in \[0, 1\)"),
@@ -171,6 +196,20 @@ def test_three_steps_are_fine(run, tmp_path):
 def test_flags(fails, tmp_path, flags, message):
     fails(message, *flags)
     assert not list(tmp_path.glob("afm-digits/*"))
+
+
+def test_json_that_is_not_an_object(fails, tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    fails("--recipe .*list.json: can't be read as a JSON object", "--recipe", tmp_path / "list.json")
+    fails("list.json: no config could be read", "--model_config_name_or_path", tmp_path / "list.json")
+    fails("networks' config does not work", "--model_config_name_or_path", patch(tmp_path, 0))
+    (tmp_path / "null.json").write_text('{"model_config_name_or_path": null, "lambda_to": 1}')
+    fails("there is no flag --lambda_to", "--recipe", tmp_path / "null.json")
+
+
+def test_precision_of_accelerate(fails, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    fails("accelerate is configured for fp8: pass --mixed_precision bf16 or no")
 
 
 def test_missing_tracker(fails, monkeypatch):
@@ -199,6 +238,7 @@ def test_output_dir_of_another_run(fails, run, tmp_path):
     assert (tmp_path / "afm-digits" / "model_index.json").read_bytes() == before
     (tmp_path / "afm-digits" / "notes.txt").write_text("mine")
     run("--overwrite_output_dir", "--num_steps", 2)
+    run("--dry_run")  # writes nothing, and therefore takes a folder that holds a run
     assert b'"num_steps": 2' in (tmp_path / "afm-digits" / "model_index.json").read_bytes()
     assert (tmp_path / "afm-digits" / "notes.txt").read_text() == "mine"  # what no run wrote is never removed
 
@@ -208,7 +248,8 @@ def test_overwriting_removes_runs_only(fails, tmp_path):
     (folder / "logs").mkdir(parents=True)
     (folder / "README.md").write_text("mine")
     fails("papers holds files that no training script", "--output_dir", folder, "--overwrite_output_dir")
-    fails("papers holds another run or other files", "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    fails("papers holds other files and no run", "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    fails("papers holds another run or other files", "--output_dir", folder)
     assert (folder / "README.md").read_text() == "mine" and (folder / "logs").is_dir()
 
 

@@ -230,7 +230,42 @@ def test_a_damaged_newest_checkpoint_never_costs_the_last_good_one(run, tmp_path
     assert read_checkpoint(folder / "checkpoint-3")["step"] == 3
 
 
-@pytest.mark.parametrize("flags", [("--train_batch_size", 3), ("--gp_batch_ratio", 0.01)])
+def test_penalties_of_uneven_micro_batches_add_up(run):
+    """Of 6 samples 3 are penalised, 1 in the first micro-batch of 3 and 2 in the second."""
+    common = ("--gp_batch_ratio", 0.5, "--adam_epsilon", 1e-3, "--learning_rate", 1e-2, "--lambda_gp", 1.0)
+    run("--train_batch_size", 6, "--output_dir", "whole", *common)
+    run("--train_batch_size", 3, "--gradient_accumulation_steps", 2, "--output_dir", "parts", *common)
+    whole, parts = (read_metrics(f"{name}/metrics.jsonl") for name in ("whole", "parts"))
+    for key in ("r1_penalty", "r2_penalty"):
+        assert whole[1][key] > 1e-4 and parts[1][key] == pytest.approx(whole[1][key], rel=0.02), key
+
+
+def test_the_newest_checkpoint_may_be_a_link(run, tmp_path):
+    run("--checkpointing_steps", 2)
+    folder = tmp_path / "afm-digits"
+    (folder / "checkpoint-4").rename(tmp_path / "far")
+    (folder / "checkpoint-4").symlink_to(tmp_path / "far")
+    run("--resume_from_checkpoint", "latest", "--max_train_steps", 5, "--checkpoints_total_limit", 1)
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert read_checkpoint(tmp_path / "far")["step"] == 4 and not (folder / "checkpoint-4").is_symlink()
+
+
+def test_the_log_survives_a_damaged_line_and_a_full_disk(run, tmp_path, monkeypatch, log_text):
+    run("--checkpointing_steps", 2)
+    path = tmp_path / "afm-digits" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{broken", *lines[2:]]) + "\n")
+    flags = ("--resume_from_checkpoint", "latest", "--max_train_steps", 5)
+    with monkeypatch.context() as context:
+        context.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(ValueError, match="could not be written"):
+            run(*flags)
+    assert "metrics.jsonl failed (No space left" in log_text()
+    run(*flags)
+    assert [row["step"] for row in read_metrics(path)] == [1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("flags", [("--train_batch_size", 3), ("--gp_batch_ratio", 1e-9)])
 def test_penalties_look_at_one_sample_at_least(run, tmp_path, flags):
     run(*flags)
     rows = read_metrics(tmp_path / "afm-digits" / "metrics.jsonl")
@@ -265,6 +300,20 @@ def test_image_folder(run, image_folder, tmp_path, flags):
     assert pipeline.labels == {"cat": 0, "dog": 1}
     assert pipeline("dog").images[0].size == (16, 16)
     assert pipeline.transformer.config.in_channels == (1 if flags == ("--channels", 1) else 3)
+
+
+def test_names_of_files_and_folders_mean_no_splits(run, tmp_path):
+    """`imagefolder` would take "test" in a name for another split, and drop or refuse what is there."""
+    for label in ("cat", "test", "train"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(tmp_path / "images" / label / f"test_{i}.png")
+    run("--train_data_dir", tmp_path / "images", "--resolution", 8, "--output_dir", "out")
+    assert AdversarialFlowPipeline.from_pretrained(tmp_path / "out").labels == {"cat": 0, "test": 1, "train": 2}
+    folder = tmp_path / "images" / "cat"
+    for i in range(4):
+        (folder / f"test_{i}.png").rename(folder / f"{i % 2 * 'train'}{i}.png")
+    run("--train_data_dir", folder, "--resolution", 8, "--output_dir", "flat", "--train_batch_size", 4)
 
 
 def test_unlabelled_images(run, image_folder, tmp_path):
@@ -400,6 +449,8 @@ def test_push_uploads_the_final_folder(run, monkeypatch, tmp_path):
     uploads = []
     monkeypatch.setattr(hub, "create_repo", lambda name, **kwargs: type("Repo", (), {"repo_id": f"me/{name}"}))
     monkeypatch.setattr(hub, "upload_folder", lambda **kwargs: uploads.append(kwargs))
+    with pytest.raises(SystemExit):  # abbreviations would not be found, and the model card would show the token
+        run("--hub_tok", "secret")
     flags = ["--push_to_hub", "--hub_private_repo", "--hub_token", "secret"]
     monkeypatch.setattr(sys, "argv", ["train_afm.py", *flags, "--hub_token=secret", "--seed", "0"])
     run(*flags)
@@ -416,7 +467,12 @@ def start(tmp_path, tiny_config, *flags):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train_afm.py"), "--model_config_name_or_path", tiny_config, *TINY_FLAGS]
     return subprocess.Popen(
-        [*command, *map(str, flags)], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, *map(str, flags)],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -444,10 +500,13 @@ def test_killed_at_a_random_moment_and_resumed_is_bitwise(run_command, tmp_path,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_interruption_saves_and_exits(tmp_path, tiny_config, number):
-    process = start(tmp_path, tiny_config, "--max_train_steps", 100_000, "--checkpointing_steps", 2)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interruption_saves_and_exits(tmp_path, tiny_config, number, workers):
+    """Schedulers and terminals signal the whole process group, and with it the workers."""
+    flags = ("--max_train_steps", 100_000, "--checkpointing_steps", 2, "--dataloader_num_workers", workers)
+    process = start(tmp_path, tiny_config, *flags)
     wait_for(tmp_path / "afm-digits" / "checkpoint-2", process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 128 + number and "Interrupted at step" in output and "Traceback" not in output
     folder = tmp_path / "afm-digits"

@@ -1,0 +1,230 @@
+"""Flow matching and its continuous adversarial post-training: runs, exact resuming, invariances, bad input."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_folder_weights
+from safetensors.torch import load_file
+
+from adversarial_flow import AdversarialFlowDiscriminator, AdversarialFlowPipeline
+from adversarial_flow.utils.metrics import read_metrics
+
+
+TWO_PROCESSES = ("--config_file", str(ROOT / "configs" / "accelerate" / "2_cpu_processes.yaml"))
+
+
+def weights(folder, name="transformer"):
+    return load_file(Path(folder) / name / "diffusion_pytorch_model.safetensors")
+
+
+def assert_close_weights(first, second, names, atol):
+    for name in names:
+        a, b = weights(first, name), weights(second, name)
+        assert max((a[key] - b[key]).abs().max().item() for key in a) <= atol, name
+
+
+def without_rates(path):
+    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in read_metrics(path)]
+
+
+# ----------------------------------------------------------------------------------------------------- flow matching
+
+
+def test_flow_matching_leaves_everything_and_learns(run_fm, tmp_path):
+    run_fm("--learning_rate", 1e-2, "--max_train_steps", 60, "--checkpointing_steps", 30, "--validation_steps", 30)
+    folder = tmp_path / "fm-digits"
+    for name in ("model_index.json", "samples.png", "curves.png", "results.json", "metrics.jsonl", "README.md"):
+        assert (folder / name).stat().st_size > 0, name
+    losses = [row["flow_matching_loss"] for row in read_metrics(folder / "metrics.jsonl") if "learning_rate" in row]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    pipeline = AdversarialFlowPipeline.from_pretrained(folder)
+    assert pipeline.default_num_inference_steps == 50 and pipeline.transformer.config.use_null_class
+    assert len(pipeline([1, 2], 4, guidance_scale=2.0, sampler="heun").images) == 2
+    card = (folder / "README.md").read_text()
+    assert "flow-matching model" in card and "train_fm.py" in card
+
+
+def test_flow_matching_resumes_bitwise_and_accumulates_exactly(run_fm):
+    common = ("--checkpointing_steps", 2, "--checkpoints_total_limit", 3, "--adam_epsilon", 1e-3)
+    run_fm("--output_dir", "straight", "--train_batch_size", 16, *common)
+    run_fm("--output_dir", "half", "--train_batch_size", 16, "--max_train_steps", 2, *common)
+    run_fm("--output_dir", "half", "--train_batch_size", 16, "--resume_from_checkpoint", "latest", *common)
+    assert_same_folder_weights("straight/checkpoint-4", "half/checkpoint-4", ("transformer", "transformer_ema"))
+    run_fm("--output_dir", "parts", "--train_batch_size", 4, "--gradient_accumulation_steps", 4, *common)
+    assert_close_weights("straight", "parts", ("transformer",), 2e-6)
+
+
+def test_labels_are_dropped(run_fm, train_fm, monkeypatch):
+    seen = []
+    original = train_fm.predict_velocity
+    monkeypatch.setattr(
+        train_fm, "predict_velocity", lambda model, batch: (seen.append(batch.class_labels), original(model, batch))[1]
+    )
+    run_fm("--label_dropout", 0.25, "--train_batch_size", 256, "--output_dir", "dropped")
+    share = (torch.cat(seen) == 10).double().mean().item()
+    assert share == pytest.approx(0.25, abs=0.05)
+    seen.clear()
+    run_fm("--label_dropout", 0, "--output_dir", "kept")
+    assert torch.cat(seen).max() < 10
+    config = json.loads(Path("kept/transformer/config.json").read_text())
+    assert not config["use_null_class"]
+
+
+# -------------------------------------------------------------------------------------------------------------- CAFM
+
+
+def test_run_leaves_everything(run_cafm, tmp_path):
+    run_cafm("--checkpointing_steps", 4, "--validation_steps", 5)
+    folder = tmp_path / "cafm-digits"
+    for name in ("model_index.json", "samples.png", "curves.png", "results.json", "metrics.jsonl", "README.md"):
+        assert (folder / name).stat().st_size > 0, name
+    assert len(AdversarialFlowPipeline.from_pretrained(folder)([1, 2], 4).images) == 2
+    discriminator = AdversarialFlowDiscriminator.from_pretrained(folder / "discriminator")
+    assert discriminator.config.norm_type == "rms_norm"
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "learning_rate" in row]
+    # W = 2, N = 2: D D G D D G D D
+    assert ["generator_loss" in row for row in rows] == [False, False, True, False, False, True, False, False]
+    assert rows[-1]["generator_updates"] == 2 and rows[-1]["skipped_updates"] == 0
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_the_discriminator_alone_is_trained_in_the_warmup(run_cafm):
+    run_cafm("--checkpointing_steps", 1, "--checkpoints_total_limit", 9)
+    folders = [f"cafm-digits/checkpoint-{step}" for step in range(1, 9)]
+    start = weights("start")
+    for folder, trained in zip(folders[:3], (False, False, True)):
+        current = weights(folder)
+        assert any(not torch.equal(current[key], start[key]) for key in start) == trained
+    for first, second, of_g in zip(folders, folders[1:], (False, True, False, False, True, False, False)):
+        for name, changes in (("transformer", of_g), ("discriminator", not of_g)):
+            a, b = weights(first, name), weights(second, name)
+            assert any(not torch.equal(a[key], b[key]) for key in a) == changes, (second, name)
+
+
+@pytest.mark.parametrize("k", [1, 4, 5])
+def test_resuming_is_bitwise_also_inside_a_cycle(run_cafm, k):
+    common = ("--checkpointing_steps", k, "--checkpoints_total_limit", 9, "--gradient_accumulation_steps", 2)
+    run_cafm("--output_dir", "straight", *common)
+    run_cafm("--output_dir", "resumed", *common)
+    for folder in Path("resumed").glob("checkpoint-*"):
+        if folder.name != f"checkpoint-{k}":
+            folder.rename(f"other-{folder.name}")
+    run_cafm("--output_dir", "resumed", "--resume_from_checkpoint", "latest", *common)
+    assert_same_folder_weights("straight/checkpoint-8", "resumed/checkpoint-8")
+    assert without_rates("straight/metrics.jsonl") == without_rates("resumed/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--lambda_ot", 0.1, "--lambda_ot_end", 0.0, "--time_sampling", "logit_normal")]
+)
+def test_accumulation_equals_the_larger_batch(run_cafm, flags):
+    common = ("--adam_epsilon", 1e-3, "--learning_rate", 1e-3, *flags)
+    run_cafm("--train_batch_size", 16, "--output_dir", "whole", *common)
+    run_cafm("--train_batch_size", 4, "--gradient_accumulation_steps", 4, "--output_dir", "parts", *common)
+    assert_close_weights("whole", "parts", ("transformer", "discriminator"), 5e-6)
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(run_cafm, run_command, tmp_path):
+    common = ("--adam_epsilon", 1e-3, "--pretrained_model_name_or_path", "start", "--ttur", 2)
+    common += ("--discriminator_warmup_steps", 2, "--max_train_steps", 6, "--control_learning_rates")
+    flags = ("--train_batch_size", 8, "--output_dir", "two", *common)
+    result = run_command(*flags, launch=TWO_PROCESSES, timeout=400, script="train_cafm.py")
+    assert result.returncode == 0, result.stderr
+    run_cafm("--train_batch_size", 16, "--output_dir", "one", *common)
+    assert_close_weights("one", "two", ("transformer", "discriminator"), 5e-6)
+
+
+@pytest.mark.parametrize("derivative", ["forward", "finite"])
+def test_the_other_derivatives_give_the_same_run(run_cafm, derivative):
+    common = ("--adam_epsilon", 1e-3, "--learning_rate", 1e-3)
+    run_cafm("--output_dir", "reverse", *common)
+    run_cafm("--output_dir", "other", "--derivative", derivative, *common)
+    assert_close_weights(
+        "reverse", "other", ("transformer", "discriminator"), 1e-5 if derivative == "forward" else 0.05
+    )
+
+
+def test_gradient_checkpointing_and_bf16(run_cafm):
+    run_cafm("--output_dir", "plain")
+    run_cafm("--output_dir", "checkpointed", "--gradient_checkpointing")
+    assert_same_folder_weights("plain", "checkpointed", ("transformer", "discriminator"))
+    run_cafm("--output_dir", "bf16", "--mixed_precision", "bf16")
+    assert read_metrics("bf16/metrics.jsonl")[-1]["skipped_updates"] == 0
+
+
+def test_auto_warmup_that_never_ends_is_said(run_cafm, log_text):
+    run_cafm("--discriminator_warmup_steps", "auto", "--discriminator_warmup_signal", 50)
+    assert "The generator was never updated" in log_text()
+
+
+def test_discriminators_of_other_sizes(run_cafm, run_fm, tmp_path):
+    sizes = {"patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12}
+    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
+    run_fm("--output_dir", "other", "--model_config_name_or_path", tmp_path / "sizes.json")
+    for name in ("other", "sizes.json"):
+        run_cafm("--output_dir", "out", "--overwrite_output_dir", "--discriminator_name_or_path", name)
+        config = json.loads(Path("out/discriminator/config.json").read_text())
+        assert config["patch_size"] == 2 and config["attention_head_dim"] == 12
+    run_cafm("--output_dir", "again", "--discriminator_name_or_path", "out/discriminator", "--max_train_steps", 3)
+
+
+def test_comparison_with_the_control(run_cafm, run_fm, train_cafm, tmp_path, monkeypatch, capsys):
+    from adversarial_flow.utils.evaluation import SampleEvaluator
+
+    monkeypatch.setattr(train_cafm, "SampleEvaluator", SampleEvaluator)
+    run_cafm("--control_learning_rates", 1e-4, 1e-3)
+    result = json.loads((tmp_path / "cafm-digits" / "comparison.json").read_text())
+    assert set(result["table"]) == {"start", "CAFM", "control"} and result["images"] == 64
+    assert set(result["control_distances_by_learning_rate"]) == {"0.0001", "0.001"}
+    assert (tmp_path / "cafm-digits" / "comparison.png").exists()
+    assert "flow matching, as many" in capsys.readouterr().out
+    steps = [row["step"] for row in read_metrics(tmp_path / "cafm-digits" / "control" / "0.001" / "metrics.jsonl")]
+    assert max(steps) == 8
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def fails(train_cafm, message, run, *flags):
+    with pytest.raises(train_cafm.InputError, match=message) as info:
+        run(*flags)
+    assert "\n" not in str(info.value)
+
+
+def test_bad_flags(train_cafm, run_cafm):
+    for message, *flags in (
+        ("--discriminator_warmup_steps 8 is not shorter than --max_train_steps 8", "--discriminator_warmup_steps", 8),
+        ("--ttur must be at least 1, not 0", "--ttur", 0),
+        ("--lambda_cp must not be negative", "--lambda_cp", -1),
+        (r"--label_dropout must be in \[0, 1\)", "--label_dropout", 1),
+        ("--time_shift must be positive", "--time_shift", 0),
+        ("no AdversarialFlowTransformer2DModel could be loaded", "--pretrained_model_name_or_path", "nowhere"),
+        ("no AdversarialFlowTransformer2DModel could be loaded", "--discriminator_name_or_path", "nowhere"),
+    ):
+        fails(train_cafm, message, run_cafm, *flags)
+    assert not Path("cafm-digits").exists() or not any(Path("cafm-digits").iterdir())
+
+
+def test_starting_models_that_do_not_fit(train_cafm, run_cafm, run_fm, run, tmp_path):
+    run("--output_dir", "afm", "--max_train_steps", 1)
+    start = "--pretrained_model_name_or_path"
+    fails(train_cafm, "afm: this is not a flow-matching model .* train one with train_fm.py", run_cafm, start, "afm")
+    run_fm("--output_dir", "kept", "--label_dropout", 0, "--max_train_steps", 1)
+    fails(train_cafm, "kept has no null class, which --label_dropout 0.1 needs", run_cafm, start, "kept")
+    run_cafm(start, "kept", "--label_dropout", 0, "--output_dir", "without")
+    config = tmp_path / "kept" / "transformer" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"num_layers": 3}))
+    fails(train_cafm, r"kept: its config and weights disagree \(missing transformer_blocks.2", run_cafm, start, "kept")
+    config.write_text(json.dumps(values | {"sample_size": 16, "in_channels": 4}))
+    fails(train_cafm, "kept: .*", run_cafm, start, "kept", "--label_dropout", 0)
+
+
+def test_attention_that_can_not_be_differentiated_twice(train_cafm, run_cafm, monkeypatch):
+    monkeypatch.setattr(
+        "diffusers.models.attention_dispatch._AttentionBackendRegistry._active_backend", "_native_flash"
+    )
+    fails(train_cafm, "--derivative reverse: .*'_native_flash' can't be differentiated twice", run_cafm)

@@ -1,0 +1,47 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adversarial_flow.utils.data import center_crop, convert
+
+
+def test_center_crop_is_adms():
+    """Halved with a box filter, resized to the short side, cropped at (size - crop) // 2."""
+    columns = np.broadcast_to(np.arange(13, dtype=np.uint8) * 10, (8, 13))
+    cropped = np.asarray(center_crop(Image.fromarray(columns), 8))
+    assert np.array_equal(cropped, columns[:, 2:10])  # (13 - 8) // 2
+    columns = np.broadcast_to(np.arange(11, dtype=np.uint8) * 10, (8, 11))
+    assert np.array_equal(np.asarray(center_crop(Image.fromarray(columns), 8)), columns[:, 1:9])
+    halved = np.asarray(center_crop(Image.fromarray(np.kron(columns[:8, :8], np.ones((2, 2), np.uint8))), 8))
+    assert np.array_equal(halved, columns[:, :8])
+    assert center_crop(Image.new("RGB", (5, 7)), 8).size == (8, 8)
+
+
+@pytest.mark.parametrize("channels,mode", [(1, "L"), (3, "RGB")])
+def test_sixteen_bits_are_scaled_and_not_cut(channels, mode):
+    pixels = np.array([[0, 256, 32768, 65535]], np.uint16)
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels.astype(np.int32))):
+        converted = convert(image, channels)
+        assert converted.mode == mode and np.asarray(converted).reshape(4, -1)[:, 0].tolist() == [0, 1, 128, 255]
+    small = convert(Image.fromarray(np.array([[0, 200]], np.int32)), 1)
+    assert np.asarray(small).tolist() == [[0, 200]]
+    with pytest.raises(OSError, match="floating-point"):
+        convert(Image.fromarray(np.zeros((2, 2), np.float32)), 1)
+
+
+def test_photos_stand_upright():
+    import datasets
+
+    from adversarial_flow.utils.data import ImageDataset
+
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # the camera was turned
+    Image.fromarray(pixels).save(buffer, "JPEG", exif=exif, quality=100)
+    rows = {"image": [{"bytes": buffer.getvalue(), "path": None}]}
+    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image(decode=False)}))
+    image = ImageDataset(dataset, "image", None, 8, 1)[0]["image"]
+    assert image[0, :, 5:].mean() > 0.9 and image[0, :, :3].mean() < -0.9

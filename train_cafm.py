@@ -410,6 +410,7 @@ def main(argv: list[str] | None = None) -> None:
             save_checkpoint(accelerator, args.output_dir, step, run_state, args.checkpoints_total_limit)
             saved_step = step
     progress.close()
+    batches.close()
 
     # The end, also of an interrupted run
     end_run(args, accelerator, interrupt, ema, pipeline, discriminator, run_state, step, saved_step)

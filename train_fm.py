@@ -158,6 +158,7 @@ def train(args: argparse.Namespace) -> None:
             save_checkpoint(accelerator, args.output_dir, step, run_state, args.checkpoints_total_limit)
             saved_step = step
     progress.close()
+    batches.close()
 
     # The end, also of an interrupted run
     end_run(args, accelerator, interrupt, ema, pipeline, None, run_state, step, saved_step)

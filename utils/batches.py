@@ -1,9 +1,13 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
 """Micro-batches of images with all random numbers that an update needs, as a function of (seed, update, position)."""
 
+import atexit
+import functools
 import logging
+import os
 import signal
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 
 import numpy as np
 import torch
@@ -62,22 +66,28 @@ class UpdateBatchSampler(Sampler[list[int]]):
             self.update += 1
 
 
-def make_dataloader(dataset: Dataset, sampler: UpdateBatchSampler, num_workers: int) -> DataLoader:
-    """The sampler shards the data: this loader must not be given to `accelerator.prepare`."""
+def make_dataloader(dataset: Dataset, sampler: UpdateBatchSampler, num_workers: int, ending: Event) -> DataLoader:
+    """
+    The sampler shards the data: this loader must not be given to `accelerator.prepare`. Its workers obey a SIGTERM
+    only when `ending` is set.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=functools.partial(_outlive_signals, ending),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """A SIGTERM or Ctrl-C often reaches the whole process group; the run must outlive it to save."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_signals(ending: Event, worker: int) -> None:
+    """
+    A SIGTERM or Ctrl-C often reaches the whole process group; the workers stay until the main process has saved and
+    ends them itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
 
 
 class BrokenSampleCounter:
@@ -154,7 +164,14 @@ class ImageBatches:
         self.num_normals, self.num_uniforms = num_normals, num_uniforms
         self.micro_steps = self.sampler.update * self.sampler.accumulation
         self.broken = BrokenSampleCounter(self.sampler.length)
-        self._batches = iter(make_dataloader(dataset, self.sampler, args.dataloader_num_workers))
+        self._ending = torch.multiprocessing.get_context().Event()
+        atexit.register(self._ending.set)  # before multiprocessing's own, which ends the workers by SIGTERM
+        self._batches = iter(make_dataloader(dataset, self.sampler, args.dataloader_num_workers, self._ending))
+
+    def close(self) -> None:
+        """Ends the workers; there are no more batches."""
+        self._ending.set()
+        self._batches = None
 
     def __next__(self) -> ImageBatch:
         update, micro_step = divmod(self.micro_steps, self.sampler.accumulation)

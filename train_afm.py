@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
     # The end, also of an interrupted run
     end_run(args, accelerator, interrupt, ema, pipeline, plain_discriminator, run_state, step, saved_step)
     if accelerator.is_main_process:
-        write_results(args, pipeline, evaluator, log, step, nonfinite.total)
+        write_results("train_afm.py", args, pipeline, evaluator, log, step, nonfinite.total)
         if args.push_to_hub:
             push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
         more = "accelerate launch train_afm.py --train_data_dir YOUR_IMAGES --resolution 64    # your own images"

@@ -417,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
     if phases.generator_updates == 0:
         logger.warning("The generator was never updated: the discriminator's warm-up lasted for the whole run.")
     if accelerator.is_main_process:
-        write_results(args, pipeline, evaluator, log, step, nonfinite.total)
+        write_results("train_cafm.py", args, pipeline, evaluator, log, step, nonfinite.total)
         if evaluator is not None:
             compare(args, data, vae, pipeline, evaluator, step)
         if args.push_to_hub:

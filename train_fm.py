@@ -163,7 +163,7 @@ def train(args: argparse.Namespace) -> None:
     # The end, also of an interrupted run
     end_run(args, accelerator, interrupt, ema, pipeline, None, run_state, step, saved_step)
     if accelerator.is_main_process:
-        write_results(args, pipeline, evaluator, log, step, nonfinite.total)
+        write_results("train_fm.py", args, pipeline, evaluator, log, step, nonfinite.total)
         if args.push_to_hub:
             push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
         print_next(args, data, f"accelerate launch train_cafm.py --pretrained_model_name_or_path {args.output_dir}")

@@ -74,11 +74,11 @@ class Phases:
     def visible_signal(self) -> float:
         return visible_signal(self.average_loss)
 
-    def after_discriminator(self, loss: float | None) -> None:
+    def after_discriminator(self, loss: torch.Tensor | float | None) -> None:
         """Counts an update of D; `loss` is `None` if it was skipped."""
         self.discriminator_updates += 1
         if loss is not None:
-            self.average_loss += (1 - self.DECAY) * (loss - self.average_loss)
+            self.average_loss += (1 - self.DECAY) * (float(loss) - self.average_loss)
         if self.warmup is None and self.visible_signal >= self.signal:
             self.warmup = self.discriminator_updates
 

@@ -23,9 +23,22 @@ UPLOADED = [
 ]
 
 
-def write_model_card(output_dir: str, title: str, command: str, pipeline, flags: dict, results: dict) -> None:
+AFM = "[arXiv 2511.22475](https://arxiv.org/abs/2511.22475)"
+CAFM = "[arXiv 2604.11521](https://arxiv.org/abs/2604.11521)"
+KINDS = {  # by script: what the model card says, and its tags
+    "train_afm.py": (f"An adversarial flow model ({AFM})", ("adversarial-flow-models", "one-step")),
+    "train_fm.py": ("A flow-matching model", ("flow-matching",)),
+    "train_cafm.py": (f"A continuous adversarial flow model ({CAFM})", ("adversarial-flow-models", "flow-matching")),
+}
+
+
+def write_model_card(
+    output_dir: str, title: str, script: str, command: str, pipeline, flags: dict, results: dict
+) -> None:
     """Writes `README.md`: what the model is, how to use it, its samples, its curves, and the recipe that made it."""
     arguments = "batch_size=4" if pipeline.transformer.config.num_classes is None else "class_labels=[0, 1]"
+    sentence, tags = KINDS[script]
+    tags = "\n".join(f"- {tag}" for tag in (*tags, "diffusers-training"))
     usage = (
         f"from adversarial_flow import {type(pipeline).__name__}\n\n"
         f'pipe = {type(pipeline).__name__}.from_pretrained("{title}")\n'
@@ -42,15 +55,12 @@ def write_model_card(output_dir: str, title: str, command: str, pipeline, flags:
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
 tags:
-- adversarial-flow-models
-- one-step
-- diffusers-training
+{tags}
 ---
 
 # {title}
 
-An adversarial flow model ([arXiv 2511.22475](https://arxiv.org/abs/2511.22475)), trained with
-`train_afm.py` of the `adversarial_flow` package for {results["steps"]} generator updates.
+{sentence}, trained with `{script}` of the `adversarial_flow` package for {results["steps"]} steps.
 
 ```python
 {usage}

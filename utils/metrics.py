@@ -28,7 +28,7 @@ class MetricsLog:
         self._sums, self._counts, self._failed = {}, {}, set()
         self._images, self._since = 0, time.perf_counter()
         if accelerator.is_main_process:
-            self._guarded(f"Writing {self.path}", lambda: self._keep_until(first_step))
+            self._guarded(f"Writing {self.path}", lambda: self._keep_until(first_step), OSError)
 
     def _keep_until(self, step: int) -> None:
         """Drops the rows of steps that will be made again; the file is replaced as a whole."""
@@ -64,7 +64,7 @@ class MetricsLog:
     def write(self, step: int, row: dict[str, float]) -> None:
         """Writes one row as it is, outside the averages (an evaluation)."""
         if self.accelerator.is_main_process:
-            self._guarded(f"Writing {self.path}", lambda: self._append({"step": step, **row}))
+            self._guarded(f"Writing {self.path}", lambda: self._append({"step": step, **row}), OSError)
         self._to_trackers(lambda: self.accelerator.log(row, step=step))
 
     def _append(self, row: dict) -> None:
@@ -85,12 +85,12 @@ class MetricsLog:
         self._to_trackers(send)
 
     def _to_trackers(self, send: Callable[[], None]) -> None:
-        self._guarded("The tracker", send)
+        self._guarded("The tracker", send, Exception)  # a tracker's client may raise anything
 
-    def _guarded(self, what: str, call: Callable[[], None]) -> None:
+    def _guarded(self, what: str, call: Callable[[], None], kind: type[Exception]) -> None:
         try:
             call()
-        except Exception as error:  # whatever a disk or a tracker's client raises, the weights matter more
+        except kind as error:  # the weights matter more
             if what not in self._failed:
                 logger.warning(f"{what} failed ({error}); training goes on.")
             self._failed.add(what)

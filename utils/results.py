@@ -109,7 +109,13 @@ def print_next(args, data: TrainingData, more: str) -> None:
 
 
 def write_results(
-    args, pipeline: DiffusionPipeline, evaluator: SampleEvaluator | None, log: MetricsLog, step: int, skipped: int
+    script: str,
+    args,
+    pipeline: DiffusionPipeline,
+    evaluator: SampleEvaluator | None,
+    log: MetricsLog,
+    step: int,
+    skipped: int,
 ) -> None:
     """
     Writes samples, curves, `results.json` and the model card. A failure here is reported and costs nothing: the
@@ -135,11 +141,12 @@ def write_results(
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         references = evaluator.references if evaluator is not None else None
         plot_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png", references)
-        script = Path(sys.argv[0]).name
+        called = sys.argv if Path(sys.argv[0]).name == script else [script]  # or by another script
         write_model_card(
             args.output_dir,
             title=args.hub_model_id or folder.resolve().name,
-            command=f"accelerate launch {script} {shlex.join(without_token(sys.argv[1:]))}".strip(),
+            script=script,
+            command=f"accelerate launch {script} {shlex.join(without_token(called[1:]))}".strip(),
             pipeline=pipeline,
             flags=vars(args),
             results=results,

@@ -34,7 +34,8 @@ def without_rates(path):
 
 
 def test_flow_matching_leaves_everything_and_learns(run_fm, tmp_path):
-    run_fm("--learning_rate", 1e-2, "--max_train_steps", 60, "--checkpointing_steps", 30, "--validation_steps", 30)
+    common = ("--checkpointing_steps", 60, "--validation_steps", 60, "--train_batch_size", 32)
+    run_fm("--learning_rate", 1e-2, "--max_train_steps", 120, *common)
     folder = tmp_path / "fm-digits"
     for name in ("model_index.json", "samples.png", "curves.png", "results.json", "metrics.jsonl", "README.md"):
         assert (folder / name).stat().st_size > 0, name
@@ -50,9 +51,11 @@ def test_flow_matching_leaves_everything_and_learns(run_fm, tmp_path):
 def test_flow_matching_resumes_bitwise_and_accumulates_exactly(run_fm):
     common = ("--checkpointing_steps", 2, "--checkpoints_total_limit", 3, "--adam_epsilon", 1e-3)
     run_fm("--output_dir", "straight", "--train_batch_size", 16, *common)
-    run_fm("--output_dir", "half", "--train_batch_size", 16, "--max_train_steps", 2, *common)
-    run_fm("--output_dir", "half", "--train_batch_size", 16, "--resume_from_checkpoint", "latest", *common)
-    assert_same_folder_weights("straight/checkpoint-4", "half/checkpoint-4", ("transformer", "transformer_ema"))
+    run_fm("--output_dir", "resumed", "--train_batch_size", 16, *common)
+    Path("resumed/checkpoint-4").rename("other-checkpoint-4")
+    run_fm("--output_dir", "resumed", "--train_batch_size", 16, "--resume_from_checkpoint", "latest", *common)
+    assert_same_folder_weights("straight/checkpoint-4", "resumed/checkpoint-4", ("transformer", "transformer_ema"))
+    assert without_rates("straight/metrics.jsonl") == without_rates("resumed/metrics.jsonl")
     run_fm("--output_dir", "parts", "--train_batch_size", 4, "--gradient_accumulation_steps", 4, *common)
     assert_close_weights("straight", "parts", ("transformer",), 2e-6)
 

@@ -5,31 +5,19 @@ It shares that backbone with `transformer_adversarial_flow.py`. Pipelines never 
 generator's file has to stand alone on the Hub.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from torch import nn
 
+from adversarial_flow.models.second_order import SecondOrderCheckpointingMixin, copy_matching_weights, shared_config
 from adversarial_flow.models.transformer_adversarial_flow import (
     AdversarialFlowBackbone,
     AdversarialFlowTransformer2DModel,
     make_norm,
 )
-
-
-logger = logging.get_logger(__name__)
-
-
-def copy_matching_weights(source: nn.Module, target: nn.Module) -> set[str]:
-    """Copies every weight of `source` whose name and shape `target` has, and returns the names."""
-    own = target.state_dict()
-    matching = {name: value for name, value in source.state_dict().items() if name in own}
-    matching = {name: value for name, value in matching.items() if value.shape == own[name].shape}
-    target.load_state_dict(matching, strict=False)
-    return set(matching)
 
 
 @dataclass
@@ -42,7 +30,7 @@ class AdversarialFlowDiscriminatorOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class AdversarialFlowDiscriminator(AdversarialFlowBackbone):
+class AdversarialFlowDiscriminator(SecondOrderCheckpointingMixin, AdversarialFlowBackbone):
     r"""
     The discriminator D(x_t, t, c) of adversarial flow models (arXiv 2511.22475). It sees the sample at the target time
     and never the source: x and z are drawn independently, and a D that saw both would learn an impossible task.
@@ -95,17 +83,11 @@ class AdversarialFlowDiscriminator(AdversarialFlowBackbone):
                 RMSNorm instead of the transformer's LayerNorm keeps the gradient norms of a discriminator that is
                 differentiated twice from having spikes; neither has parameters.
         """
-        config = {key: value for key, value in transformer.config.items() if key in cls._config_names()}
-        config.update(norm_type=norm_type, time_conditioning="source")
-        discriminator = cls(**config)
-        fitting = copy_matching_weights(transformer, discriminator)
-        new = sorted(set(discriminator.state_dict()) - fitting)
-        logger.info(f"The discriminator starts with {len(fitting)} weights of the transformer; new: {', '.join(new)}.")
+        discriminator = cls(
+            **shared_config(transformer, cls) | {"norm_type": norm_type, "time_conditioning": "source"}
+        )
+        copy_matching_weights(transformer, discriminator)
         return discriminator
-
-    @classmethod
-    def _config_names(cls) -> set[str]:
-        return set(inspect.signature(cls.__init__).parameters) - {"self"}
 
     def forward(
         self,

@@ -4,9 +4,7 @@
 This file imports nothing but torch and diffusers, so that it can be uploaded next to its weights as it is.
 """
 
-import contextlib
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +15,6 @@ from diffusers.models.embeddings import TimestepEmbedding, get_2d_sincos_pos_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 
 TIME_FEATURES = 256
@@ -33,36 +29,6 @@ def time_features(timestep: torch.Tensor) -> torch.Tensor:
     exponents = torch.arange(half, dtype=timestep.dtype, device=timestep.device) * (-math.log(10000) / half)
     angles = timestep[:, None] * exponents.exp()  # (B, 128)
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, 256)
-
-
-class SameAttention:
-    """A context, to be entered any number of times, that allows the attention kernels allowed when it was made."""
-
-    def __init__(self):
-        allowed = {
-            SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
-            SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
-            SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
-            SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
-        }
-        self.kernels = [kernel for kernel, enabled in allowed.items() if enabled]
-
-    def __enter__(self):
-        self.context = sdpa_kernel(self.kernels)
-        self.context.__enter__()
-
-    def __exit__(self, *exception):
-        return self.context.__exit__(*exception)
-
-
-def checkpoint_with_same_attention(function: Callable, *args):
-    """
-    Gradient checkpointing that recomputes with the attention kernels of the forward. A second derivative needs the
-    math kernel (`sdpa_kernel(SDPBackend.MATH)` around the forward), and the backward comes after that context.
-    """
-    return checkpoint(
-        function, *args, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), SameAttention())
-    )
 
 
 def make_norm(norm_type: str, dim: int) -> nn.Module:
@@ -199,10 +165,6 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
         for block in self.transformer_blocks:
             nn.init.zeros_(block.modulation.weight)
             nn.init.zeros_(block.modulation.bias)
-
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
-        """Trades compute for memory, by default in a way that allows second derivatives."""
-        super().enable_gradient_checkpointing(gradient_checkpointing_func or checkpoint_with_same_attention)
 
     def _embed_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)

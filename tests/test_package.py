@@ -11,7 +11,10 @@ import adversarial_flow
 
 
 def test_public_names():
-    for name in ("AdversarialFlowTransformer2DModel", "AdversarialFlowDiscriminator", "AdversarialFlowPipeline"):
+    for name in (
+        "AdversarialFlowTransformer2DModel AdversarialFlowDiscriminator AdversarialFlowPipeline DirectionalDerivative "
+        "JiTTransformer2DModel JiTDiscriminator"
+    ).split():
         assert name in adversarial_flow.__all__ and hasattr(adversarial_flow, name)
 
 
@@ -26,8 +29,8 @@ def test_setup_lists_every_package_folder():
 
 
 def test_networks_of_the_hub_import_torch_and_diffusers_only():
-    for path in ("models/transformer_adversarial_flow.py", "pipelines/pipeline_adversarial_flow.py"):
-        imported = re.findall(r"^(?:from|import) ([\w]+)", (ROOT / path).read_text(), flags=re.MULTILINE)
+    for path in (*ROOT.glob("models/transformer_*.py"), *ROOT.glob("pipelines/pipeline_*.py")):
+        imported = re.findall(r"^(?:from|import) ([\w]+)", path.read_text(), flags=re.MULTILINE)
         assert set(imported) <= {"torch", "diffusers", "collections", "contextlib", "math", "typing"}, path
 
 
@@ -37,12 +40,13 @@ def test_scripts_and_tests_import_the_package_only():
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "recipes").glob("*.json")), ids=lambda p: p.stem)
-def test_recipes_parse(train_afm, recipe):
-    args = train_afm.parse_args(["--recipe", str(recipe), "--seed", "3"])
+def test_recipes_parse(train_afm, train_fm, train_cafm, recipe):
+    script = {"fm": train_fm, "cafm": train_cafm}.get(recipe.stem.split("_")[0], train_afm)
+    args = script.parse_args(["--recipe", str(recipe), "--seed", "3"])
     values = json.loads(recipe.read_text())
     assert args.seed == 3 and args.max_train_steps == values["max_train_steps"]
-    assert Path(args.model_config_name_or_path).is_file()
-    assert train_afm.parse_args(["--recipe", str(recipe), "--max_train_steps", "7"]).max_train_steps == 7
+    assert script is train_cafm or Path(args.model_config_name_or_path).is_file()
+    assert script.parse_args(["--recipe", str(recipe), "--max_train_steps", "9999"]).max_train_steps == 9999
 
 
 def test_readme_names_files_and_flags_that_exist(train_afm, capsys):

@@ -1,6 +1,11 @@
 """Adversarial Flow Models (arXiv 2511.22475, arXiv 2604.11521) with accelerate and diffusers."""
 
-from adversarial_flow.models import AdversarialFlowDiscriminator, AdversarialFlowTransformer2DModel
+from adversarial_flow.models import (
+    AdversarialFlowDiscriminator,
+    AdversarialFlowTransformer2DModel,
+    JiTDiscriminator,
+    JiTTransformer2DModel,
+)
 from adversarial_flow.pipelines import AdversarialFlowPipeline
 from adversarial_flow.utils.derivative import DirectionalDerivative
 
@@ -11,4 +16,6 @@ __all__ = [
     "AdversarialFlowPipeline",
     "AdversarialFlowTransformer2DModel",
     "DirectionalDerivative",
+    "JiTDiscriminator",
+    "JiTTransformer2DModel",
 ]

@@ -17,12 +17,7 @@ import torch
 from accelerate.logging import get_logger
 
 import train_fm
-from adversarial_flow import (
-    AdversarialFlowDiscriminator,
-    AdversarialFlowPipeline,
-    AdversarialFlowTransformer2DModel,
-    DirectionalDerivative,
-)
+from adversarial_flow import AdversarialFlowPipeline, DirectionalDerivative
 from adversarial_flow.utils.arguments import (
     add_data_arguments,
     add_training_arguments,
@@ -37,7 +32,7 @@ from adversarial_flow.utils.errors import InputError, run_script
 from adversarial_flow.utils.evaluation import SampleEvaluator
 from adversarial_flow.utils.hub import push_to_hub
 from adversarial_flow.utils.metrics import MetricsLog
-from adversarial_flow.utils.networks import load_network, load_velocity_transformer, make_network
+from adversarial_flow.utils.networks import load_velocity_transformer, make_discriminator
 from adversarial_flow.utils.plan import training_plan
 from adversarial_flow.utils.plots import plot_grids
 from adversarial_flow.utils.results import print_next, sample_grid, validate, write_results
@@ -67,6 +62,7 @@ logger = get_logger(__name__)
 
 DIGITS_RECIPE = Path(__file__).parent / "configs" / "recipes" / "cafm_digits.json"
 DIGITS_START = "fm-digits"  # what train_fm.py leaves without flags
+DIGITS_DISCRIMINATOR_START = "fm-digits-wide"  # a wider model: a D with its weights sees the start's errors sooner
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -213,39 +209,20 @@ def generator_update(accelerator, transformer, derivative, optimizer, batches, a
 # --------------------------------------------------------------------------------------------- networks and results
 
 
-def train_start(args: argparse.Namespace) -> None:
-    """The flow-matching model of digits, by train_fm.py, unless an earlier run has left it."""
+def train_starts(args: argparse.Namespace) -> None:
+    """The flow-matching models of digits that G and D start from, by train_fm.py, unless an earlier run left them."""
+    sizes = Path(__file__).parent / "configs" / "models" / "digits_flow_wide.json"
+    flags = {DIGITS_START: [], DIGITS_DISCRIMINATOR_START: ["--model_config_name_or_path", str(sizes)]}
     args.pretrained_model_name_or_path = DIGITS_START
-    if (Path(DIGITS_START) / "results.json").exists():  # the last file of a finished run
-        return
-    print(f"There is no model to start from: training one on digits by flow matching. It stays in {DIGITS_START}/.")
-    going_on = ["--resume_from_checkpoint", "latest"] if Path(DIGITS_START).exists() else []
-    train_fm.main(["--output_dir", DIGITS_START, "--report_to", args.report_to, *going_on])
-
-
-def make_discriminator(args, transformer: AdversarialFlowTransformer2DModel) -> AdversarialFlowDiscriminator:
-    """D with the weights of the starting model, of another flow-matching model, or of a discriminator."""
-    path = args.discriminator_name_or_path
-    if path is None:
-        return AdversarialFlowDiscriminator.from_transformer(transformer)
-    flag = f"--discriminator_name_or_path {path}"
-    folder = Path(path)
-    names = [folder / "config.json", folder / "transformer" / "config.json"]
-    classes = [json.loads(name.read_text()).get("_class_name") for name in names if name.is_file()]
-    if classes == ["AdversarialFlowDiscriminator"]:
-        return load_network(AdversarialFlowDiscriminator, path, "discriminator", flag)
-    if not classes and folder.suffix == ".json" and folder.is_file():
-        config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-        config |= json.loads(folder.read_text())
-        other = make_network(AdversarialFlowTransformer2DModel, config)
+    if args.discriminator_name_or_path is not None:
+        del flags[DIGITS_DISCRIMINATOR_START]
     else:
-        other = load_network(AdversarialFlowTransformer2DModel, path, "transformer", flag)
-    for key in ("sample_size", "in_channels", "num_classes", "use_null_class"):
-        if other.config[key] != transformer.config[key]:
-            raise InputError(
-                f"{flag}: its {key} is {other.config[key]}, the starting model has {transformer.config[key]}."
-            )
-    return AdversarialFlowDiscriminator.from_transformer(other)
+        args.discriminator_name_or_path = DIGITS_DISCRIMINATOR_START
+    for folder, sizes in flags.items():
+        if not (Path(folder) / "results.json").exists():  # the last file of a finished run
+            print(f"Training a flow-matching model of digits to start from. It stays in {folder}/ for the next time.")
+            going_on = ["--resume_from_checkpoint", "latest"] if Path(folder).exists() else []
+            train_fm.main(["--output_dir", folder, "--report_to", args.report_to, *sizes, *going_on])
 
 
 def plan(args, accelerator, transformer, discriminator, vae, data_size: int) -> str:
@@ -312,13 +289,13 @@ def compare(args, data, vae, pipeline, evaluator: SampleEvaluator, step: int) ->
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.pretrained_model_name_or_path is None:
-        train_start(args)
+        train_starts(args)
     accelerator = start_run(args)
     data, vae, global_batch = load_data(args, accelerator)
 
     # Networks
     transformer = load_velocity_transformer(args, data, vae)
-    discriminator = make_discriminator(args, transformer)
+    discriminator = make_discriminator(args.discriminator_name_or_path, transformer)
     try:
         derivative = DirectionalDerivative(discriminator, args.derivative)
     except ValueError as error:

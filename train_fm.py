@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from adversarial_flow import AdversarialFlowTransformer2DModel
 from adversarial_flow.utils.arguments import (
     add_data_arguments,
     add_training_arguments,
@@ -26,7 +25,7 @@ from adversarial_flow.utils.evaluation import SampleEvaluator
 from adversarial_flow.utils.hub import push_to_hub
 from adversarial_flow.utils.losses import flow_matching_loss
 from adversarial_flow.utils.metrics import MetricsLog
-from adversarial_flow.utils.networks import load_velocity_transformer, make_network, velocity_config
+from adversarial_flow.utils.networks import load_velocity_transformer, make_velocity_transformer
 from adversarial_flow.utils.plan import training_plan
 from adversarial_flow.utils.results import print_next, validate, write_results
 from adversarial_flow.utils.runs import (
@@ -97,7 +96,7 @@ def train(args: argparse.Namespace) -> None:
         transformer = load_velocity_transformer(args, data, vae)
     else:
         with torch.device("meta") if args.dry_run else contextlib.nullcontext():
-            transformer = make_network(AdversarialFlowTransformer2DModel, velocity_config(args, data, vae))
+            transformer = make_velocity_transformer(args, data, vae)
     if accelerator.is_main_process:
         passes, updates = [[(transformer, args.train_batch_size)]], f"{args.max_train_steps:,}"
         networks = {"Transformer": transformer}

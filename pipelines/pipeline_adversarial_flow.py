@@ -92,7 +92,7 @@ class AdversarialFlowPipeline(DiffusionPipeline):
     @property
     def is_flow(self) -> bool:
         """Whether the transformer predicts the velocity of the flow itself, at one time."""
-        return self.config.num_steps is None and self.transformer.config.time_conditioning == "source"
+        return self.config.num_steps is None and self.transformer.config.get("time_conditioning", "source") == "source"
 
     def check_inputs(
         self,
@@ -196,7 +196,8 @@ class AdversarialFlowPipeline(DiffusionPipeline):
                 Classifier-free guidance v_null + w (v_c - v_null) of a model with a null class; 1 is without.
             guidance_interval (`tuple`, defaults to `(0.0, 1.0)`): The times (1 is noise) at which it is applied.
             sampler (`str`, defaults to `"euler"`):
-                `"euler"`, or `"heun"`, two evaluations a step, for a model of a velocity.
+                `"euler"`, or `"heun"`, two evaluations a step, for a model of a velocity. A step to a time where the
+                model's velocity is no longer exact (JiT's last one) is Euler's.
             generator (`torch.Generator` or `list`, *optional*): For reproducible noise; a list has one for each image.
             latents (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): The noise itself.
             output_type (`str`, defaults to `"pil"`):
@@ -239,10 +240,10 @@ class AdversarialFlowPipeline(DiffusionPipeline):
             for i, timestep in enumerate(self.scheduler.timesteps):
                 time, r_time = sigmas[i], sigmas[i + 1]
                 model_output = predict(latents, time, r_time)
-                if self.transformer.config.prediction_type == "sample":
+                if self.transformer.config.get("prediction_type", "velocity") == "sample":
                     latents = model_output
                 else:
-                    if sampler == "heun":
+                    if sampler == "heun" and float(r_time) >= self.transformer.config.get("time_floor", 0.0):
                         end = latents - (time - r_time) * model_output
                         model_output = (model_output + predict(end, r_time, r_time)) / 2
                     latents = self.scheduler.step(model_output, timestep, latents, return_dict=False)[0]

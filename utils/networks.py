@@ -7,12 +7,30 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from adversarial_flow.models import AdversarialFlowDiscriminator, AdversarialFlowTransformer2DModel
+from adversarial_flow.models import (
+    AdversarialFlowDiscriminator,
+    AdversarialFlowTransformer2DModel,
+    JiTDiscriminator,
+    JiTTransformer2DModel,
+)
 from adversarial_flow.utils.data import TrainingData
 from adversarial_flow.utils.errors import InputError
 
 
 DEFAULT_SIZES = {"patch_size": 2, "num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64}  # DiT-S/2
+
+
+def _read_json(name_or_path: str, subfolder: str | None = None) -> dict:
+    """A JSON file, or the `config.json` of a model's folder or Hub id or of its `subfolder`."""
+    path = Path(name_or_path)
+    names = ["config.json"] + ([f"{subfolder}/config.json"] if subfolder else [])
+    if path.is_dir():
+        path = next((path / name for name in names if (path / name).is_file()), path / names[-1])
+    elif not path.exists():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(name_or_path, names[-1]))
+    return dict(json.loads(path.read_text()))
 
 
 def read_config(name_or_path: str | None, flag: str) -> dict:
@@ -25,19 +43,20 @@ def read_config(name_or_path: str | None, flag: str) -> dict:
     """
     if name_or_path is None:
         return dict(DEFAULT_SIZES)
-    path = Path(name_or_path)
     try:
-        if path.is_dir():
-            path = path / "config.json"
-        elif not path.exists():
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(name_or_path, "config.json"))
-        values = dict(json.loads(path.read_text()))
+        values = _read_json(name_or_path)
     except Exception as error:  # the Hub's client has many kinds of errors, all mean that there is no config
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{flag} {name_or_path}: no config could be read there ({reason}).") from error
     return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+def read_class_name(name_or_path: str | None, subfolder: str | None = None) -> str | None:
+    """The class that a config is for, if it says so."""
+    try:
+        return _read_json(name_or_path, subfolder).get("_class_name") if name_or_path is not None else None
+    except Exception:  # whoever reads the config or the weights says what is wrong
+        return None
 
 
 def data_config(args, data: TrainingData, vae: AutoencoderKL | None) -> dict:
@@ -108,20 +127,35 @@ def make_networks(
 # -------------------------------------------------------------------------------------------------------- velocities
 
 
-def velocity_config(args, data: TrainingData, vae: AutoencoderKL | None) -> dict:
-    """The config of a flow-matching model: one time, a velocity, and a null class if labels are dropped."""
+VELOCITY_NETWORKS = {  # the transformer and its discriminator, by the class name in a config
+    "AdversarialFlowTransformer2DModel": (AdversarialFlowTransformer2DModel, AdversarialFlowDiscriminator),
+    "JiTTransformer2DModel": (JiTTransformer2DModel, JiTDiscriminator),
+}
+
+
+def make_velocity_transformer(args, data: TrainingData, vae: AutoencoderKL | None) -> torch.nn.Module:
+    """
+    A new flow-matching model of the sizes of `--model_config_name_or_path`, whose `_class_name` may be
+    `"JiTTransformer2DModel"`, with a null class if labels are dropped.
+    """
+    path = args.model_config_name_or_path
     config = transformer_config(args, data, vae)
-    use_null_class = config["num_classes"] is not None and args.label_dropout > 0
-    return config | {
-        "time_conditioning": "source",
-        "prediction_type": "velocity",
-        "use_null_class": use_null_class,
-    }
+    config["use_null_class"] = config["num_classes"] is not None and args.label_dropout > 0
+    cls = _velocity_class(read_class_name(path), f"--model_config_name_or_path {path}")
+    if cls is AdversarialFlowTransformer2DModel:
+        config |= {"time_conditioning": "source", "prediction_type": "velocity"}
+    elif config["num_classes"] is None:
+        raise InputError(f"--model_config_name_or_path {path}: JiT needs classes, and the data has no labels.")
+    return make_network(cls, config)
 
 
-def load_velocity_transformer(
-    args, data: TrainingData, vae: AutoencoderKL | None
-) -> AdversarialFlowTransformer2DModel:
+def _velocity_class(name: str | None, flag: str) -> type:
+    if name is not None and name not in VELOCITY_NETWORKS:
+        raise InputError(f"{flag}: a {name} is none of the networks known here: {', '.join(VELOCITY_NETWORKS)}.")
+    return VELOCITY_NETWORKS[name or "AdversarialFlowTransformer2DModel"][0]
+
+
+def load_velocity_transformer(args, data: TrainingData, vae: AutoencoderKL | None) -> torch.nn.Module:
     """
     The flow-matching model of `--pretrained_model_name_or_path`: a pipeline's or a model's folder, or a Hub id.
 
@@ -130,18 +164,13 @@ def load_velocity_transformer(
     """
     path = args.pretrained_model_name_or_path
     flag = f"--pretrained_model_name_or_path {path}"
-    model = load_network(AdversarialFlowTransformer2DModel, path, "transformer", flag)
+    model = load_flow_model(path, flag)
     config = model.config
-    if config.prediction_type != "velocity" or config.time_conditioning != "source":
-        raise InputError(
-            f"{flag}: this is not a flow-matching model (it predicts the {config.prediction_type}, with "
-            f"time_conditioning {config.time_conditioning!r}); train one with train_fm.py."
-        )
     for key, value in data_config(args, data, vae).items():
-        if getattr(config, key) != value and not (key == "num_classes" and (value or 0) < (config.num_classes or 0)):
+        if config[key] != value and not (key == "num_classes" and 0 < (value or 0) < (config[key] or 0)):
             hint = "pass the --vae it was trained with" if vae is None else "leave --vae out"
             raise InputError(
-                f"{flag}: its {key} is {getattr(config, key)}, the data has {value}: use other data or flags"
+                f"{flag}: its {key} is {config[key]}, the data has {value}: use other data or flags"
                 + (f", or {hint}." if key != "num_classes" else ".")
             )
     if config.num_classes is not None and args.label_dropout > 0 and not config.use_null_class:
@@ -149,6 +178,48 @@ def load_velocity_transformer(
             f"{flag} has no null class, which --label_dropout {args.label_dropout} needs: pass --label_dropout 0."
         )
     return model
+
+
+def load_flow_model(path: str, flag: str) -> torch.nn.Module:
+    """A network that predicts the velocity of a flow."""
+    cls = _velocity_class(read_class_name(path, "transformer"), flag)
+    model = load_network(cls, path, "transformer", flag)
+    kind = model.config.get("prediction_type", "velocity"), model.config.get("time_conditioning", "source")
+    if kind != ("velocity", "source"):
+        raise InputError(
+            f"{flag}: this is not a flow-matching model (it predicts the {kind[0]}, with time_conditioning "
+            f"{kind[1]!r}); train one with train_fm.py."
+        )
+    return model
+
+
+def make_discriminator(path: str | None, transformer: torch.nn.Module) -> torch.nn.Module:
+    """
+    CAFM's discriminator for a transformer, with the transformer's weights, or from `--discriminator_name_or_path`: a
+    flow-matching model of any size, a discriminator, or a JSON file with sizes for a new one.
+
+    Raises:
+        InputError: if there is none, or if it sees other data.
+    """
+    discriminator_class = VELOCITY_NETWORKS[type(transformer).__name__][1]
+    if path is None:
+        return discriminator_class.from_transformer(transformer)
+    flag = f"--discriminator_name_or_path {path}"
+    if path.endswith(".json"):
+        config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+        source = make_network(type(transformer), config | read_config(path, "--discriminator_name_or_path"))
+    elif (read_class_name(path) or "").endswith("Discriminator"):
+        source = load_network(discriminator_class, path, "discriminator", flag)
+    else:
+        source = load_flow_model(path, flag)
+    for key in ("sample_size", "in_channels", "num_classes", "use_null_class"):
+        if source.config[key] != transformer.config[key]:
+            raise InputError(
+                f"{flag}: its {key} is {source.config[key]}, the starting model has {transformer.config[key]}."
+            )
+    if isinstance(source, discriminator_class):
+        return source
+    return VELOCITY_NETWORKS[type(source).__name__][1].from_transformer(source)
 
 
 def load_network(cls: type, name_or_path: str, subfolder: str, flag: str) -> torch.nn.Module:

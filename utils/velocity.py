@@ -12,7 +12,7 @@ from adversarial_flow.utils.arguments import check_range
 from adversarial_flow.utils.batches import ImageBatches
 from adversarial_flow.utils.data import TrainingData
 from adversarial_flow.utils.errors import InputError
-from adversarial_flow.utils.flow import interpolate, sample_timesteps
+from adversarial_flow.utils.flow import expand_like, interpolate, sample_timesteps
 
 
 @dataclass
@@ -20,7 +20,7 @@ class VelocityBatch:
     """A micro-batch of points on the straight paths between data and noise, with the velocities there."""
 
     hidden_states: torch.Tensor  # (B, C, H, W), x_t = (1 - t) x + t z
-    velocity: torch.Tensor  # (B, C, H, W), z - x
+    velocity: torch.Tensor  # (B, C, H, W), z - x, or its clamped form for JiT
     timestep: torch.Tensor  # (B,), t
     class_labels: torch.Tensor | None  # (B,), some of them the null class
 
@@ -36,6 +36,7 @@ class VelocityBatches(ImageBatches):
         super().__init__(dataset, config, args, accelerator, vae, first_update, num_normals=1, num_uniforms=3)
         self.times = (args.time_sampling, args.logit_mean, args.logit_std, args.time_shift)
         self.label_dropout, self.null_class = args.label_dropout, config.num_classes
+        self.time_floor = config.get("time_floor", 0.0)  # of models that predict x and divide by the time
 
     def __next__(self) -> VelocityBatch:
         batch = super().__next__()
@@ -44,7 +45,10 @@ class VelocityBatches(ImageBatches):
         if labels is not None:
             labels = torch.where(batch.uniforms[:, 1] < self.label_dropout, self.null_class, labels)
         hidden_states = interpolate(batch.images, noise, timestep)
-        return VelocityBatch(hidden_states, noise - batch.images, timestep, labels)
+        velocity = noise - batch.images
+        if self.time_floor > 0:  # (x_t - x) / max(t, floor), what such a model can predict
+            velocity = velocity * expand_like((timestep / self.time_floor).clamp(max=1), velocity)
+        return VelocityBatch(hidden_states, velocity, timestep, labels)
 
 
 def predict_velocity(transformer: torch.nn.Module, batch: VelocityBatch) -> torch.Tensor:

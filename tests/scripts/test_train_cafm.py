@@ -174,6 +174,42 @@ def test_discriminators_of_other_sizes(run_cafm, run_fm, tmp_path):
     run_cafm("--output_dir", "again", "--discriminator_name_or_path", "out/discriminator", "--max_train_steps", 3)
 
 
+JIT = {"_class_name": "JiTTransformer2DModel", "patch_size": 4, "num_layers": 2, "num_attention_heads": 2}
+JIT |= {"attention_head_dim": 8, "bottleneck_dim": 4, "in_context_length": 2, "in_context_start": 1}
+
+
+def test_jit(run_cafm, run_fm, tmp_path):
+    """Flow matching and CAFM of a model that predicts x; its velocities near the data are clamped."""
+    (tmp_path / "jit.json").write_text(json.dumps(JIT))
+    flags = ("--model_config_name_or_path", tmp_path / "jit.json", "--time_sampling", "logit_normal")
+    run_fm("--output_dir", "jit", *flags, "--learning_rate", 1e-2, "--max_train_steps", 40)
+    start = ("--pretrained_model_name_or_path", "jit", "--adam_epsilon", 1e-3)
+    run_cafm(*start, "--output_dir", "whole", "--train_batch_size", 16)
+    run_cafm(*start, "--output_dir", "parts", "--train_batch_size", 4, "--gradient_accumulation_steps", 4)
+    assert_close_weights("whole", "parts", ("transformer", "discriminator"), 5e-6)
+    pipeline = AdversarialFlowPipeline.from_pretrained("whole")
+    assert type(pipeline.transformer).__name__ == "JiTTransformer2DModel"
+    times = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, inputs, kwargs: times.append(float(kwargs["timestep"])), with_kwargs=True
+    )
+    assert pipeline([3], 4, sampler="heun", guidance_scale=2.0).images[0].size == (8, 8)
+    assert times == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]  # the last step is Euler's
+
+
+def test_velocities_of_a_model_that_predicts_x(run_fm, train_fm, tmp_path, monkeypatch):
+    (tmp_path / "jit.json").write_text(json.dumps(JIT))
+    seen, original = [], train_fm.predict_velocity
+    monkeypatch.setattr(
+        train_fm, "predict_velocity", lambda model, batch: (seen.append(batch), original(model, batch))[1]
+    )
+    run_fm("--model_config_name_or_path", tmp_path / "jit.json", "--train_batch_size", 256, "--max_train_steps", 1)
+    (batch,) = seen
+    t = batch.timestep[:, None, None, None]
+    x = batch.hidden_states - t.clamp_min(0.05) * batch.velocity  # v = (x_t - x) / max(t, 0.05)
+    assert x.abs().max() < 1 + 1e-4 and (t < 0.05).any()
+
+
 def test_comparison_with_the_control(run_cafm, run_fm, train_cafm, tmp_path, monkeypatch, capsys):
     from adversarial_flow.utils.evaluation import SampleEvaluator
 

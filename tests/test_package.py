@@ -49,20 +49,24 @@ def test_recipes_parse(train_afm, train_fm, train_cafm, recipe):
     assert script.parse_args(["--recipe", str(recipe), "--max_train_steps", "9999"]).max_train_steps == 9999
 
 
-def test_readme_names_files_and_flags_that_exist(train_afm, capsys):
+def test_readme_names_files_and_flags_that_exist(train_afm, train_fm, train_cafm, capsys):
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"(?:configs|docs|benchmarks)/[\w/.]+\.(?:json|yaml|png|md)", text):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"`(imagenet_\w+\.json)`", text):
         assert (ROOT / "configs" / "recipes" / name).exists(), name
-    with pytest.raises(SystemExit):
-        train_afm.parse_args(["--help"])
-    known = set(re.findall(r"--\w+", capsys.readouterr().out)) | {"--config_file", "--machine_rank"}
-    known |= {"--main_process_ip"}
-    commands = [line for line in re.findall(r"^accelerate launch .*?(?:\\\n.*)?$", text, re.MULTILINE)]
-    assert len(commands) >= 5
+    known = {}
+    for script in (train_afm, train_fm, train_cafm):
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        known[script.__name__] = set(re.findall(r"--\w+", capsys.readouterr().out))
+    launcher = {"--config_file", "--machine_rank", "--main_process_ip"}
+    commands = re.findall(r"^(?:CUDA_\S+ )?(accelerate launch .*(?:\\\n.*)*)$", text, re.MULTILINE)
+    assert len(commands) >= 8
     for command in commands:
-        assert set(re.findall(r"--[a-z_0-9]+", command)) <= known, command
+        script = re.search(r"(train_\w+)\.py", command)[1]
+        flags = set(re.findall(r"--[a-z_0-9]+", command.split("#")[0]))
+        assert flags <= known[script] | launcher, command
 
 
 def test_readme_use_a_model(run, monkeypatch, tmp_path):

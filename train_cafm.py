@@ -143,6 +143,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.discriminator_learning_rate is None:
         args.discriminator_learning_rate = args.learning_rate
     on_digits = args.train_data_dir is None and args.dataset_name is None
+    if args.control_learning_rates and not on_digits:
+        raise InputError("--control_learning_rates: only digits can be scored here; run train_fm.py for the control.")
+    for rate in args.control_learning_rates:
+        if not rate > 0:
+            raise InputError(f"--control_learning_rates must be positive, not {rate}.")
     if args.pretrained_model_name_or_path is None and not on_digits:
         raise InputError("--pretrained_model_name_or_path: name the flow-matching model to post-train (train_fm.py).")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -45,7 +45,7 @@ class JiTDiscriminator(SecondOrderCheckpointingMixin, JiTBackbone):
             )
         self._build()
         self._initialize_weights()
-        self.norm_out = nn.RMSNorm(self.inner_dim, eps=1e-6, elementwise_affine=False)
+        self.norm_out = nn.RMSNorm(self.inner_dim, elementwise_affine=False)  # eps: the dtype's, as released
         self.proj_out = nn.Linear(self.inner_dim, 1)  # torch's own initialisation: small first logits
 
     @classmethod

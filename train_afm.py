@@ -7,7 +7,6 @@ Without flags it trains a one-step generator on the digits that scikit-learn shi
 
 import argparse
 import contextlib
-import math
 from pathlib import Path
 
 import torch
@@ -50,6 +49,7 @@ from adversarial_flow.utils.schedules import scheduled_value
 from adversarial_flow.utils.training import (
     InterruptGuard,
     NonFiniteGuard,
+    apply_update,
     frozen,
     mean_over_global_batch,
 )
@@ -158,12 +158,7 @@ def discriminator_update(accelerator, transformer, discriminator, optimizer, bat
             accelerator.backward(loss / accumulation)
         rows.append(metrics)
     metrics = mean_over_global_batch(accelerator, rows)
-    grad_norm = accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm or math.inf)
-    skipped = guard.skips("discriminator", step, grad_norm, *metrics.values())
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad()
-    return {} if skipped else {**metrics, "discriminator_grad_norm": grad_norm}
+    return apply_update(accelerator, "discriminator", discriminator, optimizer, metrics, args, guard, step)
 
 
 def generator_update(
@@ -206,18 +201,11 @@ def generator_update(
         square_ot = weights["lambda_ot"] ** 2 * gradient_square(transport_gradient)
         rows.append({"optimal_transport_loss": transport_loss, "optimal_transport_grad_square": square_ot})
     metrics |= mean_over_global_batch(accelerator, rows)
-    grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm or math.inf)
-    skipped = guard.skips("generator", step, grad_norm, *metrics.values())
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad()
-    if skipped:
-        return {}
     # Both norms at G's output in the same unit; the normalised adversarial one fluctuates around 1.
     metrics["adversarial_grad_norm_raw"] = square.sqrt()
     metrics["adversarial_grad_norm"] = square.sqrt() * scale
     metrics["optimal_transport_grad_norm"] = metrics.pop("optimal_transport_grad_square").sqrt()
-    return {**metrics, "generator_grad_norm": grad_norm}
+    return apply_update(accelerator, "generator", transformer, optimizer, metrics, args, guard, step)
 
 
 # ------------------------------------------------------------------------------------------------- plan and results

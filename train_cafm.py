@@ -9,7 +9,6 @@ train_fm.py if there is none yet, and compares the result with as much continued
 import argparse
 import contextlib
 import json
-import math
 import os
 from pathlib import Path
 
@@ -48,7 +47,13 @@ from adversarial_flow.utils.runs import (
     start_run,
 )
 from adversarial_flow.utils.schedules import scheduled_value
-from adversarial_flow.utils.training import InterruptGuard, NonFiniteGuard, frozen, mean_over_global_batch
+from adversarial_flow.utils.training import (
+    InterruptGuard,
+    NonFiniteGuard,
+    apply_update,
+    frozen,
+    mean_over_global_batch,
+)
 from adversarial_flow.utils.velocity import (
     VelocityBatches,
     add_velocity_arguments,
@@ -182,12 +187,7 @@ def discriminator_update(accelerator, transformer, derivative, optimizer, batche
             accelerator.backward(loss / accumulation)
         rows.append(metrics)
     metrics = mean_over_global_batch(accelerator, rows)
-    grad_norm = accelerator.clip_grad_norm_(derivative.parameters(), args.max_grad_norm or math.inf)
-    skipped = guard.skips("discriminator", step, grad_norm, *metrics.values())
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad()
-    return {} if skipped else {**metrics, "discriminator_grad_norm": grad_norm}
+    return apply_update(accelerator, "discriminator", derivative, optimizer, metrics, args, guard, step)
 
 
 def generator_update(accelerator, transformer, derivative, optimizer, batches, args, weight_ot, guard, step):
@@ -203,12 +203,7 @@ def generator_update(accelerator, transformer, derivative, optimizer, batches, a
             accelerator.backward(loss / accumulation)
         rows.append(metrics)
     metrics = mean_over_global_batch(accelerator, rows)
-    grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm or math.inf)
-    skipped = guard.skips("generator", step, grad_norm, *metrics.values())
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad()
-    return {} if skipped else {**metrics, "generator_grad_norm": grad_norm}
+    return apply_update(accelerator, "generator", transformer, optimizer, metrics, args, guard, step)
 
 
 # --------------------------------------------------------------------------------------------- networks and results

@@ -7,7 +7,6 @@ Without flags it trains one on the digits that scikit-learn ships (see configs/r
 
 import argparse
 import contextlib
-import math
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ from adversarial_flow.utils.runs import (
     set_rates,
     start_run,
 )
-from adversarial_flow.utils.training import InterruptGuard, NonFiniteGuard, mean_over_global_batch
+from adversarial_flow.utils.training import InterruptGuard, NonFiniteGuard, apply_update, mean_over_global_batch
 from adversarial_flow.utils.velocity import (
     VelocityBatches,
     add_velocity_arguments,
@@ -79,12 +78,7 @@ def update(accelerator, transformer, optimizer, batches, args, guard, step):
             accelerator.backward(loss / accumulation)
         rows.append({"flow_matching_loss": loss})
     metrics = mean_over_global_batch(accelerator, rows)
-    grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm or math.inf)
-    skipped = guard.skips("transformer", step, grad_norm, *metrics.values())
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad()
-    return {} if skipped else {**metrics, "generator_grad_norm": grad_norm}
+    return apply_update(accelerator, "generator", transformer, optimizer, metrics, args, guard, step)
 
 
 def train(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -167,6 +168,28 @@ def frozen(model: torch.nn.Module):
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def apply_update(
+    accelerator: Accelerator,
+    name: str,
+    network: torch.nn.Module,
+    optimizer,
+    metrics: dict[str, torch.Tensor],
+    args,
+    guard: NonFiniteGuard,
+    step: int,
+) -> dict[str, torch.Tensor]:
+    """
+    Clips the gradients of `network` and steps its optimiser, unless a gradient or one of `metrics` is not finite.
+    Returns the metrics with the gradients' norm before clipping, and none if the update was skipped.
+    """
+    grad_norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm or math.inf)
+    skipped = guard.skips(name, step, grad_norm, *metrics.values())
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad()
+    return {} if skipped else {**metrics, f"{name}_grad_norm": grad_norm}
 
 
 def mean_over_global_batch(

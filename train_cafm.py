@@ -148,6 +148,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.discriminator_learning_rate is None:
         args.discriminator_learning_rate = args.learning_rate
     on_digits = args.train_data_dir is None and args.dataset_name is None
+    if args.compile and (args.gradient_checkpointing or args.derivative != "reverse"):
+        raise InputError("--compile works with --derivative reverse and without --gradient_checkpointing: drop one.")
     if args.control_learning_rates and not on_digits:
         raise InputError("--control_learning_rates: only digits can be scored here; run train_fm.py for the control.")
     for rate in args.control_learning_rates:
@@ -297,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     transformer = load_velocity_transformer(args, data, vae)
     discriminator = make_discriminator(args.discriminator_name_or_path, transformer)
     try:
-        derivative = DirectionalDerivative(discriminator, args.derivative)
+        derivative = DirectionalDerivative(discriminator, args.derivative, compile=args.compile)
     except ValueError as error:
         raise InputError(f"--derivative {args.derivative}: {error}") from error
     if accelerator.is_main_process:

@@ -54,7 +54,10 @@ def make_step(name: str, size: dict, batch: int):
     def plain():
         model(x, t, labels).logits.sum().backward()
 
-    derivative = DirectionalDerivative(model, name.split()[0]) if name[-2:] in (" D", " G") else None
+    derivative = None
+    if name[-2:] in (" D", " G"):
+        method = name.split()[0]
+        derivative = DirectionalDerivative(model, method.replace("compiled", "reverse"), compile=method == "compiled")
 
     def discriminator():
         logits, (a, b) = derivative(x, t, labels, (real, velocity))
@@ -99,6 +102,12 @@ def report(results: dict) -> str:
             cells = [f"{m['seconds']:.2f} s, {m['gibibytes']:.2f} GiB" for m in (reverse, forward)]
             cells += [f"{forward[k] / reverse[k]:.2f}" for k in ("seconds", "gibibytes")]
             lines.append(f"| {size} | {batch} | {step} | {' | '.join(cells)} |")
+    for key, row in results.items():
+        if "compiled D" in row:
+            faster = row["forward D"]["seconds"] / row["compiled D"]["seconds"]
+            lines.append(
+                f"\n{key}: the compiled D step takes {row['compiled D']['seconds']:.2f} s, {faster:.2f} times less."
+            )
     lines += ["", "| network | batch | D step over its floor | CAFM iteration over flow-matching iteration |"]
     lines.append("| --- | --- | --- | --- |")
     for key, row in results.items():
@@ -123,6 +132,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="The smaller network and batch 4 only.")
+    parser.add_argument("--compile", action="store_true", help="Measure the compiled D step too (minutes to compile).")
     parser.add_argument("--measure", nargs=3, metavar=("STEP", "SIZE", "BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -133,7 +143,7 @@ def main() -> None:
     for size in list(SIZES)[: 1 if args.quick else None]:
         for batch in args.batch_sizes[: 1 if args.quick else None]:
             row = results[f"{size}, batch {batch}"] = {}
-            for step in STEPS:
+            for step in (*STEPS, *(["compiled D"] if args.compile else [])):
                 command = [
                     sys.executable,
                     __file__,

@@ -82,7 +82,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="Use TF32 on GPUs, as the published runs did.",
     )
     group.add_argument("--gradient_checkpointing", action="store_true", help="Trade compute for memory.")
-    group.add_argument("--compile", action="store_true", help="Run the generator through torch.compile.")
+    group.add_argument("--compile", action="store_true", help="torch.compile for G, and for CAFM's D step.")
     group.add_argument("--max_skipped_updates", type=int, default=10, help="Non-finite updates in a row that end it.")
     group.add_argument("--dry_run", action="store_true", help="Print the plan, sizes and memory, and stop.")
 

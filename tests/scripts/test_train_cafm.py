@@ -240,6 +240,8 @@ def test_bad_flags(train_cafm, run_cafm):
         ("--lambda_cp must not be negative", "--lambda_cp", -1),
         (r"--label_dropout must be in \[0, 1\)", "--label_dropout", 1),
         ("--time_shift must be positive", "--time_shift", 0),
+        ("--compile works with --derivative reverse", "--compile", "--derivative", "forward"),
+        ("--control_learning_rates must be positive", "--control_learning_rates", 0),
         ("no AdversarialFlowTransformer2DModel could be loaded", "--pretrained_model_name_or_path", "nowhere"),
         ("no AdversarialFlowTransformer2DModel could be loaded", "--discriminator_name_or_path", "nowhere"),
     ):

@@ -198,8 +198,28 @@ def test_discriminator_from_a_transformer():
     assert own["proj_out.weight"].shape == (1, 16)
 
 
+def test_compiled():
+    """One graph; the values and parameter gradients of eager mode, for D's step; G's step stays eager."""
+    torch._dynamo.reset()
+    model = make_discriminator(torch.float32, num_layers=1, time_scale=1.0)
+    arguments, compiled = inputs(torch.float32), DirectionalDerivative(model, compile=True)
+    loss, eager = loss_and_gradients(DirectionalDerivative(model), model, arguments)
+    torch._dynamo.utils.counters.clear()
+    other_loss, other = loss_and_gradients(compiled, model, arguments)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert loss == pytest.approx(other_loss, rel=1e-5)
+    for a, b in zip(eager, other):
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max() + 1e-8
+    with frozen(model):
+        _, (derivative, _) = compiled(*arguments)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.allclose(derivative, DirectionalDerivative(model)(*arguments)[1][0], rtol=1e-4, atol=1e-5)
+
+
 def test_bad_arguments():
     model = make_discriminator()
+    with pytest.raises(ValueError, match="`compile` is for the method 'reverse', not 'forward'"):
+        DirectionalDerivative(model, "forward", compile=True)
     with pytest.raises(ValueError, match="`method` must be one of reverse, forward, finite"):
         DirectionalDerivative(model, "backward")
     for processor in model.attn_processors.values():

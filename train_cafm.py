@@ -224,7 +224,8 @@ def train_starts(args: argparse.Namespace) -> None:
         if not (Path(folder) / "results.json").exists():  # the last file of a finished run
             print(f"Training a flow-matching model of digits to start from. It stays in {folder}/ for the next time.")
             going_on = ["--resume_from_checkpoint", "latest"] if Path(folder).exists() else []
-            train_fm.main(["--output_dir", folder, "--report_to", args.report_to, *sizes, *going_on])
+            precision = ["--mixed_precision", args.mixed_precision] if args.mixed_precision else []
+            train_fm.main(["--output_dir", folder, "--report_to", args.report_to, *precision, *sizes, *going_on])
 
 
 def plan(args, accelerator, transformer, discriminator, vae, data_size: int) -> str:

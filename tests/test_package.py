@@ -46,7 +46,7 @@ def test_recipes_parse(train_afm, train_fm, train_cafm, recipe):
     values = json.loads(recipe.read_text())
     assert args.seed == 3 and args.max_train_steps == values["max_train_steps"]
     assert script is train_cafm or Path(args.model_config_name_or_path).is_file()
-    assert script.parse_args(["--recipe", str(recipe), "--max_train_steps", "9999"]).max_train_steps == 9999
+    assert script.parse_args(["--recipe", str(recipe), "--max_train_steps", "99999"]).max_train_steps == 99_999
 
 
 def test_readme_names_files_and_flags_that_exist(train_afm, train_fm, train_cafm, capsys):

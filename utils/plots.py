@@ -81,7 +81,7 @@ def plot_curves(rows: list[dict], path: str | Path, references: dict[str, float]
         if "Frechet" in title or "norms" in title:
             axis.set_yscale("log")
         axis.set_title(title)
-        axis.set_xlabel("generator updates")
+        axis.set_xlabel("steps")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()

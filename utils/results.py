@@ -137,7 +137,7 @@ def write_results(
         }
         if evaluator is not None:
             results.update(evaluator.final(pipeline))
-            log.write(step, results["metrics"])
+            log.write(step, evaluator.quick(pipeline))  # the end of the curve, on the noise of the curve
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         references = evaluator.references if evaluator is not None else None
         plot_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png", references)

@@ -53,7 +53,7 @@ def test_readme_names_files_and_flags_that_exist(train_afm, train_fm, train_cafm
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"(?:configs|docs|benchmarks)/[\w/.]+\.(?:json|yaml|png|md)", text):
         assert (ROOT / path).exists(), path
-    for name in re.findall(r"`(imagenet_\w+\.json)`", text):
+    for name in re.findall(r"`((?:cafm_)?imagenet_\w+\.json)`", text):
         assert (ROOT / "configs" / "recipes" / name).exists(), name
     known = {}
     for script in (train_afm, train_fm, train_cafm):

@@ -280,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
         discriminator.enable_gradient_checkpointing()
     if args.compile:
         transformer.compile()
+    transformer.train()  # loaded networks are in evaluation mode
+    discriminator.train()
     if vae is not None:
         vae.to(accelerator.device)
 

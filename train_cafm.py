@@ -24,6 +24,7 @@ from adversarial_flow.utils.arguments import (
     check_range,
     make_parser,
     parse_with_recipe,
+    prepare_output_dir,
 )
 from adversarial_flow.utils.cafm import Phases, discriminator_loss, generator_loss
 from adversarial_flow.utils.checkpointing import architecture, register_model_folders, save_checkpoint
@@ -150,6 +151,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     on_digits = args.train_data_dir is None and args.dataset_name is None
     if args.compile and (args.gradient_checkpointing or args.derivative != "reverse"):
         raise InputError("--compile works with --derivative reverse and without --gradient_checkpointing: drop one.")
+    if args.derivative == "forward" and args.gradient_checkpointing:
+        raise InputError("--derivative forward does not go with --gradient_checkpointing: use --derivative reverse.")
+    if args.derivative == "finite" and args.mixed_precision == "bf16":
+        raise InputError("--derivative finite divides by a small number, which bf16 rounds away: use reverse or fp32.")
     if args.control_learning_rates and not on_digits:
         raise InputError("--control_learning_rates: only digits can be scored here; run train_fm.py for the control.")
     for rate in args.control_learning_rates:
@@ -159,17 +164,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--pretrained_model_name_or_path: name the flow-matching model to post-train (train_fm.py).")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if args.control_learning_rates:
-            raise InputError("--control_learning_rates needs a single process: run train_fm.py for the control.")
+            raise InputError(
+                "--control_learning_rates (also of the digits' recipe) needs a single process: pass the flag without "
+                "values, and run train_fm.py for the control."
+            )
         if args.pretrained_model_name_or_path is None:
             raise InputError("--pretrained_model_name_or_path: with several processes run train_fm.py first.")
     return args
+
+
+def number_of_generator_updates(args: argparse.Namespace) -> int:
+    """Of the whole run; with `auto`, of one whose warm-up took no time."""
+    return max((args.max_train_steps - (args.discriminator_warmup_steps or 0)) // (args.ttur + 1), 1)
 
 
 def lambda_ot(args: argparse.Namespace, generator_updates: int) -> float:
     """The scheduled weight of optimal transport at a generator update."""
     if args.lambda_ot_end is None:
         return args.lambda_ot
-    steps = args.lambda_ot_decay_steps or max(args.max_train_steps // (args.ttur + 1), 1)
+    steps = args.lambda_ot_decay_steps or number_of_generator_updates(args)
     return scheduled_value(args.lambda_ot, args.lambda_ot_end, generator_updates, steps, args.lambda_ot_schedule)
 
 
@@ -220,6 +233,9 @@ def train_starts(args: argparse.Namespace) -> None:
         del flags[DIGITS_DISCRIMINATOR_START]
     else:
         args.discriminator_name_or_path = DIGITS_DISCRIMINATOR_START
+    missing = [folder for folder in flags if not (Path(folder) / "results.json").exists()]
+    if args.dry_run and missing:
+        raise InputError(f"--dry_run: {' and '.join(missing)} would be trained first; do that with train_fm.py.")
     for folder, sizes in flags.items():
         if not (Path(folder) / "results.json").exists():  # the last file of a finished run
             print(f"Training a flow-matching model of digits to start from. It stays in {folder}/ for the next time.")
@@ -253,6 +269,7 @@ def compare(args, data, vae, pipeline, evaluator: SampleEvaluator, step: int) ->
     which got as many images of flow matching from the same start, with the best of `--control_learning_rates`.
     """
     folder = Path(args.output_dir)
+    best = None
     models = {"start": make_pipeline(load_velocity_transformer(args, data, vae), vae, data), "CAFM": pipeline}
     scores = {}
     for rate in args.control_learning_rates:
@@ -262,11 +279,16 @@ def compare(args, data, vae, pipeline, evaluator: SampleEvaluator, step: int) ->
         control.max_train_steps, control.validation_steps, control.checkpointing_steps = step, step, step
         control.overwrite_output_dir, control.resume_from_checkpoint, control.push_to_hub = True, None, False
         control.report_to = "none"
-        train_fm.train(control)
+        try:
+            train_fm.train(control)
+        except InputError as error:  # a rate that diverges is a result too
+            logger.warning(f"The control with the learning rate {rate:g} failed: {error}")
+            scores[rate] = None
+            continue
         candidate = AdversarialFlowPipeline.from_pretrained(control.output_dir)
         candidate.set_progress_bar_config(disable=True)
         score = evaluator.quick(candidate)["frechet_distance"]  # chosen on other noise than the table's
-        if score <= min(scores.values(), default=score):
+        if all(other is None or score <= other for other in scores.values()):
             models["control"], best = candidate, rate
         scores[rate] = score
     rows = {name: evaluator.final(model) for name, model in models.items()}
@@ -279,7 +301,7 @@ def compare(args, data, vae, pipeline, evaluator: SampleEvaluator, step: int) ->
     plot_grids(grids, folder / "comparison.png")
     print(f"\n{'':36} {'class accuracy':>14} {'Frechet distance':>17} {'ratio to halves':>16}")
     names = {"start": "starting model", "CAFM": f"CAFM, {images:,} images"}
-    names["control"] = f"flow matching, as many, rate {best:g}" if scores else ""
+    names["control"] = f"flow matching, as many, rate {best:g}" if "control" in models else ""
     for name, row in table.items():
         values = (row[key] for key in ("class_accuracy", "frechet_distance", "ratio"))
         print("{:36} {:14.4f} {:17.2f} {:16.2f}".format(names[name], *values))
@@ -292,6 +314,7 @@ def compare(args, data, vae, pipeline, evaluator: SampleEvaluator, step: int) ->
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.pretrained_model_name_or_path is None:
+        prepare_output_dir(args)  # before hours, not after
         train_starts(args)
     accelerator = start_run(args)
     data, vae, global_batch = load_data(args, accelerator)
@@ -320,12 +343,14 @@ def main(argv: list[str] | None = None) -> None:
         discriminator.enable_gradient_checkpointing()
     if args.compile:
         transformer.compile()
+    transformer.train()  # loaded networks are in evaluation mode
+    discriminator.train()
     if vae is not None:
         vae.to(accelerator.device)
 
     # Optimisers, average, and what a checkpoint holds
     phases = Phases(args.discriminator_warmup_steps, args.ttur, args.discriminator_warmup_signal)
-    updates_g = max((args.max_train_steps - (phases.warmup or 0)) // (args.ttur + 1), 1)
+    updates_g = number_of_generator_updates(args)
     optimizer_g, scheduler_g = make_optimizer(args, transformer, args.learning_rate, updates_g)
     rate_d = args.discriminator_learning_rate
     optimizer_d, scheduler_d = make_optimizer(args, derivative, rate_d, args.max_train_steps - updates_g)
@@ -398,10 +423,10 @@ def main(argv: list[str] | None = None) -> None:
         logger.warning("The generator was never updated: the discriminator's warm-up lasted for the whole run.")
     if accelerator.is_main_process:
         write_results("train_cafm.py", args, pipeline, evaluator, log, step, nonfinite.total)
-        if evaluator is not None:
-            compare(args, data, vae, pipeline, evaluator, step)
         if args.push_to_hub:
             push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+        if evaluator is not None:
+            compare(args, data, vae, pipeline, evaluator, step)
         print_next(args, data, "accelerate launch train_cafm.py --help    # post-train your own model")
     accelerator.end_training()
 

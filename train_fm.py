@@ -108,6 +108,7 @@ def train(args: argparse.Namespace) -> None:
         transformer.enable_gradient_checkpointing()
     if args.compile:
         transformer.compile()
+    transformer.train()  # a loaded network is in evaluation mode
     if vae is not None:
         vae.to(accelerator.device)
 

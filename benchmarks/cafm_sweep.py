@@ -33,12 +33,6 @@ SETTINGS = (
     f"--learning_rate 1e-4 {NO_CONTROL}",
     f"--learning_rate 2e-4 {NO_CONTROL}",
     f"--discriminator_learning_rate 5e-5 {NO_CONTROL}",
-    f"--discriminator_learning_rate 3e-4 {NO_CONTROL}",
-    f"--discriminator_learning_rate 3e-3 {NO_CONTROL}",
-    f"--ttur 8 {NO_CONTROL}",
-    f"--ttur 4 {NO_CONTROL}",
-    f"--lambda_ot 0.01 {NO_CONTROL}",
-    f"--ema_decay 0.99 {NO_CONTROL}",
 )
 
 

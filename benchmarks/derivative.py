@@ -82,7 +82,7 @@ def make_step(name: str, size: dict, batch: int):
 def measure(name: str, size: str, batch: int, repeats: int) -> dict[str, float]:
     """Median seconds of a step and the peak memory of this process over what it held before the first step."""
     step = make_step(name, SIZES[size], batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

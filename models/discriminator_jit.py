@@ -39,10 +39,6 @@ class JiTDiscriminator(SecondOrderCheckpointingMixin, JiTBackbone):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if in_context_length < 1:
-            raise ValueError(
-                "`in_context_length` must be at least 1: the logit is read from the first of these tokens."
-            )
         self._build()
         self._initialize_weights()
         self.norm_out = nn.RMSNorm(self.inner_dim, elementwise_affine=False)  # eps: the dtype's, as released

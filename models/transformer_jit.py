@@ -136,6 +136,8 @@ class JiTBackbone(ModelMixin, AttentionMixin, ConfigMixin):
             )
         if config.attention_head_dim % 4 != 0:
             raise ValueError(f"`attention_head_dim` ({config.attention_head_dim}) must be divisible by 4.")
+        if config.in_context_length < 1:
+            raise ValueError("`in_context_length` must be at least 1: the class enters by these tokens.")
         if not 0 <= config.in_context_start < max(config.num_layers, 1):
             raise ValueError(f"`in_context_start` ({config.in_context_start}) must be the number of a block.")
         dim = config.num_attention_heads * config.attention_head_dim
@@ -292,8 +294,8 @@ class JiTTransformer2DModel(JiTBackbone):
         shift, scale = self.modulation_out(conditioning).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D)
         tokens = self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)  # (B, T, p*p*C)
         sample = self._unpatchify(tokens)  # (B, C, H, W), the predicted x
-        divisor = timestep.clamp_min(self.config.time_floor)[:, None, None, None].to(sample.dtype)
-        velocity = (hidden_states - sample) / divisor  # (B, C, H, W)
+        divisor = timestep.clamp_min(self.config.time_floor)[:, None, None, None]  # not rounded to half precision
+        velocity = ((hidden_states - sample) / divisor).to(sample.dtype)  # (B, C, H, W)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:

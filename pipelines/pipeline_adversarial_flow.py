@@ -102,6 +102,7 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         output_type: str,
         guidance_scale: float = 1.0,
         sampler: str = "euler",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         """Raises a `ValueError` that says what to change when the arguments do not fit the model."""
         num_classes, trained = self.transformer.config.num_classes, self.config.num_steps
@@ -120,6 +121,8 @@ class AdversarialFlowPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`guidance_scale={guidance_scale}` needs a model with a null class; this one has none: leave it out."
             )
+        if not (len(guidance_interval) == 2 and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1):
+            raise ValueError(f"`guidance_interval` must be two times in [0, 1], not {guidance_interval!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', not {output_type!r}.")
         if num_classes is None and class_labels is not None:
@@ -196,8 +199,8 @@ class AdversarialFlowPipeline(DiffusionPipeline):
                 Classifier-free guidance v_null + w (v_c - v_null) of a model with a null class; 1 is without.
             guidance_interval (`tuple`, defaults to `(0.0, 1.0)`): The times (1 is noise) at which it is applied.
             sampler (`str`, defaults to `"euler"`):
-                `"euler"`, or `"heun"`, two evaluations a step, for a model of a velocity. A step to a time where the
-                model's velocity is no longer exact (JiT's last one) is Euler's.
+                `"euler"`, or `"heun"`, two evaluations a step, for a model of a velocity. JiT's last step is Euler's:
+                its velocity is not exact near the data.
             generator (`torch.Generator` or `list`, *optional*): For reproducible noise; a list has one for each image.
             latents (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): The noise itself.
             output_type (`str`, defaults to `"pil"`):
@@ -219,7 +222,9 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         class_labels = self._label_ids(class_labels)
         if num_inference_steps is None:
             num_inference_steps = self.default_num_inference_steps
-        self.check_inputs(class_labels, batch_size, num_inference_steps, output_type, guidance_scale, sampler)
+        self.check_inputs(
+            class_labels, batch_size, num_inference_steps, output_type, guidance_scale, sampler, guidance_interval
+        )
         if class_labels is not None:
             batch_size = len(class_labels)
         elif batch_size is None:
@@ -243,7 +248,8 @@ class AdversarialFlowPipeline(DiffusionPipeline):
                 if self.transformer.config.get("prediction_type", "velocity") == "sample":
                     latents = model_output
                 else:
-                    if sampler == "heun" and float(r_time) >= self.transformer.config.get("time_floor", 0.0):
+                    last_by_euler = self.transformer.config.get("time_floor", 0.0) > 0 and i + 1 == num_inference_steps
+                    if sampler == "heun" and not last_by_euler:
                         end = latents - (time - r_time) * model_output
                         model_output = (model_output + predict(end, r_time, r_time)) / 2
                     latents = self.scheduler.step(model_output, timestep, latents, return_dict=False)[0]

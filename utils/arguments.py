@@ -57,7 +57,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="Of the weights, the data order and all noise.")
     group.add_argument("--train_batch_size", type=int, default=256, help="Images per process and micro-step.")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps of one update.")
-    group.add_argument("--max_train_steps", type=int, default=100_000, help="Number of generator updates.")
+    group.add_argument(
+        "--max_train_steps", type=int, default=100_000, help="Generator updates; in train_cafm.py updates of both."
+    )
     group.add_argument("--learning_rate", type=float, default=1e-4)
     group.add_argument(
         "--lr_scheduler",
@@ -87,11 +89,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dry_run", action="store_true", help="Print the plan, sizes and memory, and stop.")
 
     group = parser.add_argument_group("checkpoints, logs and the Hub")
-    group.add_argument("--checkpointing_steps", type=int, default=500, help="Generator updates between checkpoints.")
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
     group.add_argument("--checkpoints_total_limit", type=int, help="Keep only this many checkpoints.")
     group.add_argument("--resume_from_checkpoint", type=str, help="'latest' or a checkpoint folder.")
-    group.add_argument("--validation_steps", type=int, default=1000, help="Generator updates between sample grids.")
-    group.add_argument("--logging_steps", type=int, default=50, help="Generator updates between lines of the log.")
+    group.add_argument("--validation_steps", type=int, default=1000, help="Steps between sample grids.")
+    group.add_argument("--logging_steps", type=int, default=50, help="Steps between lines of the log.")
     group.add_argument("--report_to", type=str, default="tensorboard", choices=("tensorboard", "wandb", "none"))
     group.add_argument("--tracker_project_name", type=str, default="adversarial-flow")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the result when training ends.")

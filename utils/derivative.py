@@ -37,7 +37,8 @@ class DirectionalDerivative(nn.Module):
             once from outside.
 
     Raises:
-        ValueError: for another method, or an attention backend that can't be differentiated twice.
+        ValueError: for another method, an attention backend that can't be differentiated twice, or finite differences
+            of a discriminator with dropout.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class DirectionalDerivative(nn.Module):
         self.discriminator, self.method, self.epsilon = discriminator, method, epsilon
         if method != "finite":
             self._check_attention()
+        elif any(isinstance(module, nn.Dropout) and module.p > 0 for module in discriminator.modules()):
+            raise ValueError("Finite differences need the same discriminator at both ends: set its dropout to 0.")
         self._compiled = torch.compile(self._functional_reverse, fullgraph=True) if compile else None
 
     def forward(
@@ -108,7 +111,9 @@ class DirectionalDerivative(nn.Module):
         if not directions:
             return self._logits(hidden_states, timestep, class_labels), ()
         with sdpa_kernel(SDPBackend.MATH):
-            logits, derivatives = torch.func.vmap(along, out_dims=(None, 0))(torch.stack(directions))
+            # The same dropout for all directions
+            along_all = torch.func.vmap(along, out_dims=(None, 0), randomness="same")
+            logits, derivatives = along_all(torch.stack(directions))
         return logits, derivatives.unbind()
 
     def _finite(self, hidden_states, timestep, class_labels, directions):

@@ -109,11 +109,11 @@ def network_configs(args, data: TrainingData, vae: AutoencoderKL | None) -> tupl
     return transformer, discriminator
 
 
-def make_network(cls: type, config: dict) -> torch.nn.Module:
+def make_network(cls: type, config: dict, flag: str = "--model_config_name_or_path") -> torch.nn.Module:
     try:
         return cls(**config)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise InputError(f"the networks' config does not work (--model_config_name_or_path): {error}") from error
+        raise InputError(f"the networks' config does not work ({flag}): {error}") from error
 
 
 def make_networks(
@@ -207,11 +207,13 @@ def make_discriminator(path: str | None, transformer: torch.nn.Module) -> torch.
     flag = f"--discriminator_name_or_path {path}"
     if path.endswith(".json"):
         config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-        source = make_network(type(transformer), config | read_config(path, "--discriminator_name_or_path"))
+        source = make_network(type(transformer), config | read_config(path, "--discriminator_name_or_path"), flag)
     elif (read_class_name(path) or "").endswith("Discriminator"):
         source = load_network(discriminator_class, path, "discriminator", flag)
     else:
         source = load_flow_model(path, flag)
+    if source.config.get("time_conditioning", "source") != "source":
+        raise InputError(f"{flag}: a discriminator without the time can't judge velocities; name another one.")
     for key in ("sample_size", "in_channels", "num_classes", "use_null_class"):
         if source.config[key] != transformer.config[key]:
             raise InputError(

@@ -58,6 +58,7 @@ def validate(
         parameters = list(pipeline.transformer.parameters())
         ema.store(parameters)
         ema.copy_to(parameters)
+        pipeline.transformer.eval()
         try:
             log.images(step, "samples", [sample_grid(pipeline, seed)])
             if evaluator is not None:
@@ -66,6 +67,7 @@ def validate(
             logger.error(f"The validation at step {step} failed: {error!r}")
         finally:
             ema.restore(parameters)
+            pipeline.transformer.train()
 
 
 def save_final(output_dir: str, pipeline: DiffusionPipeline, discriminator: torch.nn.Module | None) -> None:

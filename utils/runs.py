@@ -156,6 +156,7 @@ def end_run(
     if saved_step != step:
         save_checkpoint(accelerator, args.output_dir, step, run_state, args.checkpoints_total_limit)
     ema.copy_to(pipeline.transformer.parameters())
+    pipeline.transformer.eval()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_final(args.output_dir, pipeline, discriminator)

@@ -146,7 +146,7 @@ class NonFiniteGuard:
             raise InputError(
                 f"{self.in_a_row[network]} {network} updates in a row had losses or gradients that are not "
                 f"finite; the run ends at step {step} and the last checkpoint is untouched. Lower the learning rates, "
-                "raise --lambda_gp, or train in fp32; then resume with --resume_from_checkpoint latest."
+                "raise --lambda_gp (AFM), or train in fp32; then resume with --resume_from_checkpoint latest."
             )
         return True
 

@@ -2,7 +2,9 @@
 """The batches of models that predict velocities (flow matching and CAFM), and the flags that both share."""
 
 import argparse
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import FlowMapEulerDiscreteScheduler
@@ -68,6 +70,14 @@ def add_velocity_arguments(parser: argparse.ArgumentParser) -> None:
 def check_velocity_arguments(args: argparse.Namespace) -> None:
     for name in ("logit_std", "time_shift"):
         check_range(args, name, open_ends=True)
+    if not math.isfinite(args.logit_mean):
+        raise InputError(f"--logit_mean must be a finite number, not {args.logit_mean}.")
+    for name in ("pretrained_model_name_or_path", "discriminator_name_or_path"):
+        value, output = getattr(args, name, None), Path(args.output_dir).resolve()
+        if value is not None and output in (Path(value).resolve(), *Path(value).resolve().parents):
+            raise InputError(
+                f"--{name} {value} lies in --output_dir, which this run writes to: choose another folder."
+            )
     if not 0 <= args.label_dropout < 1:
         raise InputError(f"--label_dropout must be in [0, 1), not {args.label_dropout}.")
 

@@ -146,6 +146,7 @@ def test_derivative():
     [
         ({"patch_size": 3}, "not divisible by `patch_size`"),
         ({"in_context_start": 4}, "must be the number of a block"),
+        ({"in_context_length": 0}, "must be at least 1"),
         ({"attention_head_dim": 6}, "must be divisible by 4"),
     ],
 )

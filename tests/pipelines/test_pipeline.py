@@ -262,6 +262,8 @@ def test_samplers_and_guidance_that_do_not_fit():
         make_pipeline(4)(0, sampler="heun")
     with pytest.raises(ValueError, match="`sampler` must be"):
         make_flow_pipeline()(0, sampler="rk4")
+    with pytest.raises(ValueError, match="`guidance_interval` must be two times"):
+        make_flow_pipeline()(0, guidance_scale=2.0, guidance_interval=(0.9, 0.1))
     for pipeline in (make_pipeline(4), make_pipeline(4, num_classes=None)):
         with pytest.raises(ValueError, match="needs a model with a null class"):
             pipeline(

@@ -160,7 +160,11 @@ def train(args: argparse.Namespace) -> None:
         write_results("train_fm.py", args, pipeline, evaluator, log, step, nonfinite.total)
         if args.push_to_hub:
             push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
-        print_next(args, data, f"accelerate launch train_cafm.py --pretrained_model_name_or_path {args.output_dir}")
+        names = ("train_data_dir", "dataset_name", "resolution", "channels", "vae")
+        data_flags = [f" --{name} {getattr(args, name)}" for name in names if getattr(args, name) is not None]
+        on_digits = args.train_data_dir is None and args.dataset_name is None
+        more = f"accelerate launch train_cafm.py --pretrained_model_name_or_path {args.output_dir}"
+        print_next(args, data, more + ("" if on_digits else "".join(data_flags)))
     accelerator.end_training()
 
 

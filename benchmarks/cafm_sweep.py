@@ -42,7 +42,8 @@ def run(setting: str, folder: Path) -> dict:
     if not (output / "comparison.json").exists():
         command = [sys.executable, str(ROOT / "train_cafm.py"), "--output_dir", str(output), *COMMON.split()]
         command += ["--overwrite_output_dir"] if output.exists() else []
-        subprocess.run([*command, *setting.split()], cwd=folder, env=environment(), capture_output=True)
+        with Path(f"{output}.log").open("w") as log:
+            subprocess.run([*command, *setting.split()], cwd=folder, env=environment(), stdout=log, stderr=log)
     if not (output / "comparison.json").exists():
         return {}
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -64,7 +65,8 @@ def main() -> None:
     for name, flags in (("fm-digits", []), ("fm-digits-wide", ["--model_config_name_or_path", str(WIDE)])):
         if not (folder / name / "results.json").exists():
             command = [sys.executable, str(ROOT / "train_fm.py"), "--output_dir", name, "--report_to", "none", *flags]
-            subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True)
+            command += ["--resume_from_checkpoint", "latest"] if (folder / name).exists() else []
+            subprocess.run(command, cwd=folder, env=environment(), check=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda setting: run(setting, folder), SETTINGS))
     lines = [

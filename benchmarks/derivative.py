@@ -80,7 +80,7 @@ def make_step(name: str, size: dict, batch: int):
 
 
 def measure(name: str, size: str, batch: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a step and the peak memory of this process over what it held before the first step."""
+    """Median seconds of a step, and the peak memory of this process over what it held before the first one."""
     step = make_step(name, SIZES[size], batch)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
     seconds = []
@@ -100,7 +100,7 @@ def report(results: dict) -> str:
         for step in ("D", "G"):
             reverse, forward = row[f"reverse {step}"], row[f"forward {step}"]
             cells = [f"{m['seconds']:.2f} s, {m['gibibytes']:.2f} GiB" for m in (reverse, forward)]
-            cells += [f"{forward[k] / reverse[k]:.2f}" for k in ("seconds", "gibibytes")]
+            cells += [f"{forward[k] / max(reverse[k], 1e-9):.2f}" for k in ("seconds", "gibibytes")]
             lines.append(f"| {size} | {batch} | {step} | {' | '.join(cells)} |")
     for key, row in results.items():
         if "compiled D" in row:

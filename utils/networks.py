@@ -28,8 +28,12 @@ def _read_json(name_or_path: str, subfolder: str | None = None) -> dict:
         path = next((path / name for name in names if (path / name).is_file()), path / names[-1])
     elif not path.exists():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
-        path = Path(hf_hub_download(name_or_path, names[-1]))
+        try:
+            path = Path(hf_hub_download(name_or_path, names[-1]))
+        except EntryNotFoundError:
+            path = Path(hf_hub_download(name_or_path, names[0]))
     return dict(json.loads(path.read_text()))
 
 
@@ -231,11 +235,20 @@ def load_network(cls: type, name_or_path: str, subfolder: str, flag: str) -> tor
     Raises:
         InputError: if there is none, or if its config and weights disagree (each key named, ten at most).
     """
-    is_model = (Path(name_or_path) / "config.json").is_file()
+    options = {"output_loading_info": True, "low_cpu_mem_usage": False}
+    folder = Path(name_or_path)
     try:
-        model, info = cls.from_pretrained(
-            name_or_path, subfolder=None if is_model else subfolder, output_loading_info=True, low_cpu_mem_usage=False
-        )
+        if folder.is_file():
+            raise OSError("this is a file, not a folder or a Hub id")
+        if folder.is_dir() and not (folder / subfolder).is_dir():
+            model, info = cls.from_pretrained(name_or_path, **options)
+        else:
+            try:
+                model, info = cls.from_pretrained(name_or_path, subfolder=subfolder, **options)
+            except OSError:
+                if folder.is_dir():
+                    raise
+                model, info = cls.from_pretrained(name_or_path, **options)  # a model of its own on the Hub
     except Exception as error:  # the Hub's client and safetensors have many kinds of errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{flag}: no {cls.__name__} could be loaded ({reason}).") from error

@@ -3,7 +3,7 @@
     python benchmarks/derivative.py [--quick]
 
 Every measurement runs in a process of its own, one after another, and is the median of `--repeats` steps after one
-that is not counted; nothing else should run. Writes benchmarks/derivative.json and prints ratios.
+that is not counted; nothing else should run. Writes benchmarks/derivative.json and .md, and prints ratios.
 """
 
 import argparse
@@ -159,6 +159,7 @@ def main() -> None:
     versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     path = Path(__file__).with_suffix(".json")
     path.write_text(json.dumps({"versions": versions, "results": results}, indent=2) + "\n")
+    path.with_suffix(".md").write_text(f"# The derivative: reverse against forward mode\n\n{report(results)}\n")
     print("\n" + report(results))
 
 

@@ -6,25 +6,23 @@ Without flags it trains a one-step generator on the digits that scikit-learn shi
 """
 
 import argparse
-import contextlib
 from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import FlowMapEulerDiscreteScheduler
 
-from adversarial_flow import AdversarialFlowPipeline
 from adversarial_flow.utils.afm import FlowBatches, adversarial_gradient, discriminator_loss, generate
 from adversarial_flow.utils.arguments import (
     add_data_arguments,
+    add_schedule_arguments,
     add_training_arguments,
     check_arguments,
     check_range,
+    check_schedule,
     make_parser,
     parse_with_recipe,
 )
 from adversarial_flow.utils.checkpointing import architecture, register_model_folders, save_checkpoint
-from adversarial_flow.utils.data import TrainingData
 from adversarial_flow.utils.errors import InputError, run_script
 from adversarial_flow.utils.evaluation import SampleEvaluator
 from adversarial_flow.utils.gradient_normalization import GradientNormalization, gradient_square
@@ -33,7 +31,7 @@ from adversarial_flow.utils.losses import optimal_transport_loss
 from adversarial_flow.utils.metrics import MetricsLog
 from adversarial_flow.utils.networks import make_networks, network_configs
 from adversarial_flow.utils.plan import training_plan
-from adversarial_flow.utils.results import print_next, validate, write_results
+from adversarial_flow.utils.results import make_pipeline, print_next, validate, write_results
 from adversarial_flow.utils.runs import (
     end_run,
     find_resume,
@@ -45,13 +43,15 @@ from adversarial_flow.utils.runs import (
     set_rates,
     start_run,
 )
-from adversarial_flow.utils.schedules import scheduled_value
+from adversarial_flow.utils.schedules import scheduled_flag
 from adversarial_flow.utils.training import (
     InterruptGuard,
     NonFiniteGuard,
+    accumulated_update,
     apply_update,
     frozen,
     mean_over_global_batch,
+    synchronised,
 )
 
 
@@ -85,10 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--ttur", type=int, default=1, help="Discriminator updates for each generator update.")
     weights = (("lambda_ot", 0.2, "Optimal transport"), ("lambda_gp", 0.25, "R1 and R2 penalties"))
     for name, default, what in (*weights, ("augmentation_probability", 0.0, "Discriminator augmentation")):
-        group.add_argument(f"--{name}", type=float, default=default, help=f"{what}: value at the start.")
-        group.add_argument(f"--{name}_end", type=float, help="Value at the end of its schedule.")
-        group.add_argument(f"--{name}_schedule", choices=("cosine", "linear", "constant"), default="cosine")
-        group.add_argument(f"--{name}_decay_steps", type=int, help="Generator updates; default: all.")
+        add_schedule_arguments(group, name, default, what)
     group.add_argument("--lambda_cp", type=float, default=0.01, help="Logit centering.")
     group.add_argument("--gp_epsilon", type=float, default=0.01, help="Size of the penalties' perturbation.")
     group.add_argument("--gp_batch_ratio", type=float, default=0.25, help="Share of the batch that is penalised.")
@@ -103,12 +100,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("ttur", "repeats"):
         check_range(args, name, lowest=1)
     for name in ("lambda_ot", "lambda_gp"):
-        check_range(args, name)
-        check_range(args, f"{name}_end")
-    for name in ("augmentation_probability", "augmentation_probability_end"):
-        check_range(args, name, highest=1)
-    for name in ("lambda_ot", "lambda_gp", "augmentation_probability"):
-        check_range(args, f"{name}_decay_steps", lowest=1)
+        check_schedule(args, name)
+    check_schedule(args, "augmentation_probability", highest=1)
     for name in ("lambda_cp", "discriminator_learning_rate"):
         check_range(args, name)
     check_range(args, "gp_epsilon", open_ends=True)
@@ -125,13 +118,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def objective_weights(args: argparse.Namespace, step: int) -> dict[str, float]:
     """The scheduled weights at a generator update."""
-    weights = {}
-    for name in ("lambda_ot", "lambda_gp", "augmentation_probability"):
-        start, end = getattr(args, name), getattr(args, f"{name}_end")
-        schedule = "constant" if end is None else getattr(args, f"{name}_schedule")
-        decay_steps = getattr(args, f"{name}_decay_steps") or args.max_train_steps
-        weights[name] = scheduled_value(start, start if end is None else end, step, decay_steps, schedule)
-    return weights
+    names = ("lambda_ot", "lambda_gp", "augmentation_probability")
+    return {name: scheduled_flag(args, name, step, args.max_train_steps) for name in names}
 
 
 # ---------------------------------------------------------------------------------------------------------- updates
@@ -139,26 +127,22 @@ def objective_weights(args: argparse.Namespace, step: int) -> dict[str, float]:
 
 def discriminator_update(accelerator, transformer, discriminator, optimizer, batches, args, weights, guard, step):
     """One update of D on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics, none if skipped."""
-    accumulation, rows = args.gradient_accumulation_steps, []
-    for micro_step in range(accumulation):
+
+    def loss():
         batch = next(batches)
         with torch.no_grad():
             fake = generate(transformer, batch, args.prediction_type)
-        last = micro_step == accumulation - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(discriminator):
-            loss, metrics = discriminator_loss(
-                discriminator,
-                batch,
-                fake,
-                weights["lambda_gp"],
-                args.lambda_cp,
-                args.gp_epsilon,
-                weights["augmentation_probability"],
-            )
-            accelerator.backward(loss / accumulation)
-        rows.append(metrics)
-    metrics = mean_over_global_batch(accelerator, rows)
-    return apply_update(accelerator, "discriminator", discriminator, optimizer, metrics, args, guard, step)
+        return discriminator_loss(
+            discriminator,
+            batch,
+            fake,
+            weights["lambda_gp"],
+            args.lambda_cp,
+            args.gp_epsilon,
+            weights["augmentation_probability"],
+        )
+
+    return accumulated_update(accelerator, "discriminator", discriminator, optimizer, loss, args, guard, step)
 
 
 def generator_update(
@@ -189,8 +173,7 @@ def generator_update(
 
     rows = []
     for micro_step, (batch, gradient) in enumerate(zip(micro_batches, gradients)):
-        last = micro_step == accumulation - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(transformer):
+        with synchronised(accelerator, transformer, last=micro_step == accumulation - 1):
             if accumulation > 1:
                 fake = generate(transformer, batch, args.prediction_type)
             transport_loss = optimal_transport_loss(fake, batch.source, batch.weight)
@@ -235,18 +218,6 @@ def plan(args, accelerator, transformer, discriminator, vae, data_size: int) -> 
     )
 
 
-def make_pipeline(transformer, vae, data: TrainingData, args) -> AdversarialFlowPipeline:
-    pipeline = AdversarialFlowPipeline(
-        transformer=transformer,
-        scheduler=FlowMapEulerDiscreteScheduler(),
-        vae=vae,
-        id2label={str(index): name for index, name in data.id2label.items()},
-        num_steps=args.num_steps,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 # ------------------------------------------------------------------------------------------------------------- main
 
 
@@ -280,8 +251,6 @@ def main(argv: list[str] | None = None) -> None:
         discriminator.enable_gradient_checkpointing()
     if args.compile:
         transformer.compile()
-    transformer.train()  # loaded networks are in evaluation mode
-    discriminator.train()
     if vae is not None:
         vae.to(accelerator.device)
 
@@ -308,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluator = SampleEvaluator.for_digits(data.dataset) if accelerator.is_main_process else None
     log = MetricsLog(accelerator, args.output_dir, first_step)
     log.start_trackers(args.tracker_project_name, vars(args))
-    pipeline = make_pipeline(plain_transformer, vae, data, args)
+    pipeline = make_pipeline(plain_transformer, vae, data, args.num_steps)
 
     # Training: `ttur` updates of D, then one of G, each on fresh batches
     interrupt = InterruptGuard(accelerator)

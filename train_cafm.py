@@ -7,7 +7,6 @@ train_fm.py if there is none yet, and compares the result with as much continued
 """
 
 import argparse
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -19,10 +18,13 @@ import train_fm
 from adversarial_flow import AdversarialFlowPipeline, DirectionalDerivative
 from adversarial_flow.utils.arguments import (
     add_data_arguments,
+    add_schedule_arguments,
     add_training_arguments,
     check_arguments,
     check_range,
+    check_schedule,
     make_parser,
+    on_digits,
     parse_with_recipe,
     prepare_output_dir,
 )
@@ -35,7 +37,7 @@ from adversarial_flow.utils.metrics import MetricsLog
 from adversarial_flow.utils.networks import load_velocity_transformer, make_discriminator
 from adversarial_flow.utils.plan import training_plan
 from adversarial_flow.utils.plots import plot_grids
-from adversarial_flow.utils.results import print_next, sample_grid, validate, write_results
+from adversarial_flow.utils.results import make_pipeline, print_next, sample_grid, validate, write_results
 from adversarial_flow.utils.runs import (
     end_run,
     find_resume,
@@ -47,19 +49,17 @@ from adversarial_flow.utils.runs import (
     set_rates,
     start_run,
 )
-from adversarial_flow.utils.schedules import scheduled_value
+from adversarial_flow.utils.schedules import scheduled_flag
 from adversarial_flow.utils.training import (
     InterruptGuard,
     NonFiniteGuard,
-    apply_update,
+    accumulated_update,
     frozen,
-    mean_over_global_batch,
 )
 from adversarial_flow.utils.velocity import (
     VelocityBatches,
     add_velocity_arguments,
     check_velocity_arguments,
-    make_pipeline,
     predict_velocity,
 )
 
@@ -116,10 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Of auto: waits for s = 4 / loss - 2 >= this.",
     )
     group.add_argument("--lambda_cp", type=float, default=0.001, help="Centering of the discriminator's output.")
-    group.add_argument("--lambda_ot", type=float, default=0.0, help="Optimal transport, for training from scratch.")
-    group.add_argument("--lambda_ot_end", type=float, help="Value at the end of its schedule.")
-    group.add_argument("--lambda_ot_schedule", choices=("cosine", "linear", "constant"), default="cosine")
-    group.add_argument("--lambda_ot_decay_steps", type=int, help="Generator updates; default: all.")
+    add_schedule_arguments(group, "lambda_ot", 0.0, "Optimal transport, for training from scratch")
     group.add_argument("--discriminator_learning_rate", type=float, help="Default: --learning_rate.")
     group.add_argument(
         "--control_learning_rates",
@@ -137,9 +134,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_arguments(args, name="cafm")
     check_velocity_arguments(args)
     check_range(args, "ttur", lowest=1)
-    for name in ("lambda_cp", "lambda_ot", "lambda_ot_end", "discriminator_learning_rate"):
+    for name in ("lambda_cp", "discriminator_learning_rate"):
         check_range(args, name)
-    check_range(args, "lambda_ot_decay_steps", lowest=1)
+    check_schedule(args, "lambda_ot")
     check_range(args, "discriminator_warmup_signal", open_ends=True)
     if (args.discriminator_warmup_steps or 0) >= args.max_train_steps:
         raise InputError(
@@ -148,19 +145,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.discriminator_learning_rate is None:
         args.discriminator_learning_rate = args.learning_rate
-    on_digits = args.train_data_dir is None and args.dataset_name is None
     if args.compile and (args.gradient_checkpointing or args.derivative != "reverse"):
         raise InputError("--compile works with --derivative reverse and without --gradient_checkpointing: drop one.")
     if args.derivative == "forward" and args.gradient_checkpointing:
         raise InputError("--derivative forward does not go with --gradient_checkpointing: use --derivative reverse.")
     if args.derivative == "finite" and args.mixed_precision == "bf16":
         raise InputError("--derivative finite divides by a small number, which bf16 rounds away: use reverse or fp32.")
-    if args.control_learning_rates and not on_digits:
+    if args.control_learning_rates and not on_digits(args):
         raise InputError("--control_learning_rates: only digits can be scored here; run train_fm.py for the control.")
     for rate in args.control_learning_rates:
         if not rate > 0:
             raise InputError(f"--control_learning_rates must be positive, not {rate}.")
-    if args.pretrained_model_name_or_path is None and not on_digits:
+    if args.pretrained_model_name_or_path is None and not on_digits(args):
         raise InputError("--pretrained_model_name_or_path: name the flow-matching model to post-train (train_fm.py).")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if args.control_learning_rates:
@@ -178,47 +174,31 @@ def number_of_generator_updates(args: argparse.Namespace) -> int:
     return max((args.max_train_steps - (args.discriminator_warmup_steps or 0)) // (args.ttur + 1), 1)
 
 
-def lambda_ot(args: argparse.Namespace, generator_updates: int) -> float:
-    """The scheduled weight of optimal transport at a generator update."""
-    if args.lambda_ot_end is None:
-        return args.lambda_ot
-    steps = args.lambda_ot_decay_steps or number_of_generator_updates(args)
-    return scheduled_value(args.lambda_ot, args.lambda_ot_end, generator_updates, steps, args.lambda_ot_schedule)
-
-
 # ---------------------------------------------------------------------------------------------------------- updates
 
 
 def discriminator_update(accelerator, transformer, derivative, optimizer, batches, args, guard, step):
     """One update of D on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics, none if skipped."""
-    accumulation, rows = args.gradient_accumulation_steps, []
-    for micro_step in range(accumulation):
+
+    def loss():
         batch = next(batches)
         with torch.no_grad():
             velocity = predict_velocity(transformer, batch)
-        last = micro_step == accumulation - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(derivative):
-            loss, metrics = discriminator_loss(derivative, batch, velocity, args.lambda_cp)
-            accelerator.backward(loss / accumulation)
-        rows.append(metrics)
-    metrics = mean_over_global_batch(accelerator, rows)
-    return apply_update(accelerator, "discriminator", derivative, optimizer, metrics, args, guard, step)
+        return discriminator_loss(derivative, batch, velocity, args.lambda_cp)
+
+    return accumulated_update(accelerator, "discriminator", derivative, optimizer, loss, args, guard, step)
 
 
 def generator_update(accelerator, transformer, derivative, optimizer, batches, args, weight_ot, guard, step):
     """One update of G on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics, none if skipped."""
-    accumulation, rows = args.gradient_accumulation_steps, []
-    for micro_step in range(accumulation):
+
+    def loss():
         batch = next(batches)
-        last = micro_step == accumulation - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(transformer):
-            velocity = predict_velocity(transformer, batch)
-            with frozen(derivative), accelerator.no_sync(derivative):
-                loss, metrics = generator_loss(derivative, batch, velocity, weight_ot)
-            accelerator.backward(loss / accumulation)
-        rows.append(metrics)
-    metrics = mean_over_global_batch(accelerator, rows)
-    return apply_update(accelerator, "generator", transformer, optimizer, metrics, args, guard, step)
+        velocity = predict_velocity(transformer, batch)
+        with frozen(derivative), accelerator.no_sync(derivative):
+            return generator_loss(derivative, batch, velocity, weight_ot)
+
+    return accumulated_update(accelerator, "generator", transformer, optimizer, loss, args, guard, step)
 
 
 # --------------------------------------------------------------------------------------------- networks and results
@@ -233,15 +213,14 @@ def train_starts(args: argparse.Namespace) -> None:
         del flags[DIGITS_DISCRIMINATOR_START]
     else:
         args.discriminator_name_or_path = DIGITS_DISCRIMINATOR_START
-    missing = [folder for folder in flags if not (Path(folder) / "results.json").exists()]
+    missing = [folder for folder in flags if not (Path(folder) / "results.json").exists()]  # a run's last file
     if args.dry_run and missing:
         raise InputError(f"--dry_run: {' and '.join(missing)} would be trained first; do that with train_fm.py.")
-    for folder, sizes in flags.items():
-        if not (Path(folder) / "results.json").exists():  # the last file of a finished run
-            print(f"Training a flow-matching model of digits to start from. It stays in {folder}/ for the next time.")
-            going_on = ["--resume_from_checkpoint", "latest"] if Path(folder).exists() else []
-            precision = ["--mixed_precision", args.mixed_precision] if args.mixed_precision else []
-            train_fm.main(["--output_dir", folder, "--report_to", args.report_to, *precision, *sizes, *going_on])
+    for folder in missing:
+        print(f"Training a flow-matching model of digits to start from. It stays in {folder}/ for the next time.")
+        going_on = ["--resume_from_checkpoint", "latest"] if Path(folder).exists() else []
+        precision = ["--mixed_precision", args.mixed_precision] if args.mixed_precision else []
+        train_fm.main(["--output_dir", folder, "--report_to", args.report_to, *precision, *flags[folder], *going_on])
 
 
 def plan(args, accelerator, transformer, discriminator, vae, data_size: int) -> str:
@@ -270,7 +249,7 @@ def compare(args, data, vae, pipeline, evaluator: SampleEvaluator, step: int) ->
     """
     folder = Path(args.output_dir)
     best = None
-    models = {"start": make_pipeline(load_velocity_transformer(args, data, vae), vae, data), "CAFM": pipeline}
+    models = {"start": make_pipeline(load_velocity_transformer(args, data, vae), vae, data, None), "CAFM": pipeline}
     scores = {}
     for rate in args.control_learning_rates:
         control = argparse.Namespace(**vars(args))
@@ -370,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluator = SampleEvaluator.for_digits(data.dataset) if accelerator.is_main_process else None
     log = MetricsLog(accelerator, args.output_dir, first_step)
     log.start_trackers(args.tracker_project_name, vars(args))
-    pipeline = make_pipeline(plain_transformer, vae, data)
+    pipeline = make_pipeline(plain_transformer, vae, data, num_steps=None)
 
     # Training: D alone until the warm-up ends, then one update of G for `ttur` of D, each on a fresh batch
     interrupt = InterruptGuard(accelerator)
@@ -378,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     step, saved_step = first_step, first_step if resume is not None else -1
     while step < args.max_train_steps and not interrupt.requested():
         if phases.generator_is_next():
-            weight_ot = lambda_ot(args, phases.generator_updates)
+            weight_ot = scheduled_flag(args, "lambda_ot", phases.generator_updates, updates_g)
             metrics = generator_update(
                 accelerator, transformer, derivative, optimizer_g, batches, args, weight_ot, nonfinite, step
             )

@@ -16,6 +16,7 @@ from adversarial_flow.utils.arguments import (
     add_training_arguments,
     check_arguments,
     make_parser,
+    on_digits,
     parse_with_recipe,
 )
 from adversarial_flow.utils.checkpointing import architecture, register_model_folders, save_checkpoint
@@ -26,7 +27,7 @@ from adversarial_flow.utils.losses import flow_matching_loss
 from adversarial_flow.utils.metrics import MetricsLog
 from adversarial_flow.utils.networks import load_velocity_transformer, make_velocity_transformer
 from adversarial_flow.utils.plan import training_plan
-from adversarial_flow.utils.results import print_next, validate, write_results
+from adversarial_flow.utils.results import make_pipeline, print_next, validate, write_results
 from adversarial_flow.utils.runs import (
     end_run,
     find_resume,
@@ -38,12 +39,11 @@ from adversarial_flow.utils.runs import (
     set_rates,
     start_run,
 )
-from adversarial_flow.utils.training import InterruptGuard, NonFiniteGuard, apply_update, mean_over_global_batch
+from adversarial_flow.utils.training import InterruptGuard, NonFiniteGuard, accumulated_update
 from adversarial_flow.utils.velocity import (
     VelocityBatches,
     add_velocity_arguments,
     check_velocity_arguments,
-    make_pipeline,
     predict_velocity,
 )
 
@@ -69,16 +69,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def update(accelerator, transformer, optimizer, batches, args, guard, step):
     """One update on `gradient_accumulation_steps` fresh micro-batches. Returns its metrics, none if skipped."""
-    accumulation, rows = args.gradient_accumulation_steps, []
-    for micro_step in range(accumulation):
+
+    def loss():
         batch = next(batches)
-        last = micro_step == accumulation - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(transformer):
-            loss = flow_matching_loss(predict_velocity(transformer, batch), batch.velocity)
-            accelerator.backward(loss / accumulation)
-        rows.append({"flow_matching_loss": loss})
-    metrics = mean_over_global_batch(accelerator, rows)
-    return apply_update(accelerator, "generator", transformer, optimizer, metrics, args, guard, step)
+        value = flow_matching_loss(predict_velocity(transformer, batch), batch.velocity)
+        return value, {"flow_matching_loss": value}
+
+    return accumulated_update(accelerator, "generator", transformer, optimizer, loss, args, guard, step)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -127,7 +124,7 @@ def train(args: argparse.Namespace) -> None:
     evaluator = SampleEvaluator.for_digits(data.dataset) if accelerator.is_main_process else None
     log = MetricsLog(accelerator, args.output_dir, first_step)
     log.start_trackers(args.tracker_project_name, vars(args))
-    pipeline = make_pipeline(plain_transformer, vae, data)
+    pipeline = make_pipeline(plain_transformer, vae, data, num_steps=None)
 
     interrupt = InterruptGuard(accelerator)
     progress = progress_bar(accelerator, first_step, args.max_train_steps, "Flow matching")
@@ -162,9 +159,8 @@ def train(args: argparse.Namespace) -> None:
             push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
         names = ("train_data_dir", "dataset_name", "resolution", "channels", "vae")
         data_flags = [f" --{name} {getattr(args, name)}" for name in names if getattr(args, name) is not None]
-        on_digits = args.train_data_dir is None and args.dataset_name is None
         more = f"accelerate launch train_cafm.py --pretrained_model_name_or_path {args.output_dir}"
-        print_next(args, data, more + ("" if on_digits else "".join(data_flags)))
+        print_next(args, data, more + ("" if on_digits(args) else "".join(data_flags)))
     accelerator.end_training()
 
 

@@ -237,9 +237,9 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         sigmas = self.scheduler.sigmas
 
         def predict(latents: torch.Tensor, time: torch.Tensor, r_time: torch.Tensor) -> torch.Tensor:
-            inside = guidance_interval[0] <= float(time) <= guidance_interval[1]
-            scale = guidance_scale if inside else 1.0
-            return self._predict(latents, time, r_time, labels, scale)
+            # Without guidance the time is not read: that would wait for the device.
+            guided = guidance_scale != 1.0 and guidance_interval[0] <= float(time) <= guidance_interval[1]
+            return self._predict(latents, time, r_time, labels, guidance_scale if guided else 1.0)
 
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, timestep in enumerate(self.scheduler.timesteps):

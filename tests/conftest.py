@@ -128,12 +128,42 @@ def run_command(tmp_path, tiny_config):
     return run_process
 
 
-def assert_same_folder_weights(first, second, names=("transformer", "transformer_ema", "discriminator")) -> None:
-    """Bitwise equality of the networks in two checkpoint folders."""
+TWO_PROCESSES = ("--config_file", str(ROOT / "configs" / "accelerate" / "2_cpu_processes.yaml"))
+
+
+def assert_fails(message: str, run, *flags) -> None:
+    """The run ends with an `InputError` of one line that matches."""
+    from adversarial_flow.utils.errors import InputError
+
+    with pytest.raises(InputError, match=message) as info:
+        run(*flags)
+    assert "\n" not in str(info.value)
+
+
+def weights(folder, name="transformer") -> dict:
     from safetensors.torch import load_file
 
+    return load_file(Path(folder) / name / "diffusion_pytorch_model.safetensors")
+
+
+def assert_close_weights(first, second, atol, names=("transformer", "discriminator")) -> None:
     for name in names:
-        a, b = (load_file(Path(f) / name / "diffusion_pytorch_model.safetensors") for f in (first, second))
+        a, b = weights(first, name), weights(second, name)
+        worst = max((a[key] - b[key]).abs().max().item() for key in a)
+        assert worst <= atol, f"{name} differs by {worst}"
+
+
+def without_rates(path) -> list[dict]:
+    """The rows of a log without what depends on the clock."""
+    from adversarial_flow.utils.metrics import read_metrics
+
+    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in read_metrics(path)]
+
+
+def assert_same_folder_weights(first, second, names=("transformer", "transformer_ema", "discriminator")) -> None:
+    """Bitwise equality of the networks in two checkpoint folders."""
+    for name in names:
+        a, b = weights(first, name), weights(second, name)
         assert a.keys() == b.keys()
         for key in a:
             assert torch.equal(a[key], b[key]), f"{name}: {key} differs by {(a[key] - b[key]).abs().max()}"

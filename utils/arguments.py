@@ -47,6 +47,14 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vae", type=str, help="Train on the latents of this AutoencoderKL (folder or Hub id).")
 
 
+def add_schedule_arguments(group, name: str, default: float, what: str) -> None:
+    """A weight of the objective that may change on a schedule of generator updates."""
+    group.add_argument(f"--{name}", type=float, default=default, help=f"{what}: value at the start.")
+    group.add_argument(f"--{name}_end", type=float, help="Value at the end of its schedule.")
+    group.add_argument(f"--{name}_schedule", choices=("cosine", "linear", "constant"), default="cosine")
+    group.add_argument(f"--{name}_decay_steps", type=int, help="Generator updates; default: all.")
+
+
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", type=str, help="A JSON file with values of flags; flags given here go first.")
@@ -114,7 +122,7 @@ def parse_with_recipe(parser: argparse.ArgumentParser, default_recipe: Path | No
     argv = sys.argv[1:] if argv is None else argv
     first, _ = parser.parse_known_args(argv)
     recipe = Path(first.recipe) if first.recipe else None
-    if recipe is None and first.train_data_dir is None and first.dataset_name is None:
+    if recipe is None and on_digits(first):
         recipe = default_recipe
     recipe_flags = []
     if recipe is not None:
@@ -155,6 +163,24 @@ def check_range(
         raise InputError(f"--{name} must {wanted}, not {value}.")
 
 
+def check_schedule(args: argparse.Namespace, name: str, highest: float = math.inf) -> None:
+    """Checks the flags of [`add_schedule_arguments`]."""
+    for flag in (name, f"{name}_end"):
+        check_range(args, flag, highest=highest)
+    check_range(args, f"{name}_decay_steps", lowest=1)
+
+
+def check_share(args: argparse.Namespace, name: str) -> None:
+    """Raises an `InputError` if the flag is not in [0, 1)."""
+    if not 0 <= getattr(args, name) < 1:
+        raise InputError(f"--{name} must be in [0, 1), not {getattr(args, name)}.")
+
+
+def on_digits(args: argparse.Namespace) -> bool:
+    """Whether the flags name no data, which means scikit-learn's digits."""
+    return args.train_data_dir is None and args.dataset_name is None
+
+
 def check_arguments(args: argparse.Namespace, name: str) -> None:
     """
     Raises an `InputError` for values of the shared flags that can't work, and derives what depends on others;
@@ -170,14 +196,12 @@ def check_arguments(args: argparse.Namespace, name: str) -> None:
     check_range(args, "adam_epsilon", open_ends=True)
     check_range(args, "max_grad_norm", open_ends=True)
     for flag in ("adam_beta1", "adam_beta2", "ema_decay"):
-        if not 0 <= getattr(args, flag) < 1:
-            raise InputError(f"--{flag} must be in [0, 1), not {getattr(args, flag)}.")
+        check_share(args, flag)
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
         raise InputError("--checkpoints_total_limit must be at least 1; leave it out to keep all checkpoints.")
-    on_digits = args.train_data_dir is None and args.dataset_name is None
     if args.output_dir is None:
-        args.output_dir = f"{name}-digits" if on_digits else f"{name}-model"
-    if not on_digits and args.resolution is None:
+        args.output_dir = f"{name}-digits" if on_digits(args) else f"{name}-model"
+    if not on_digits(args) and args.resolution is None:
         args.resolution = 64
 
 
@@ -195,11 +219,8 @@ def prepare_output_dir(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     resuming = args.resume_from_checkpoint is not None
-    if (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not (resuming and (holds_run(folder) or list_checkpoints(folder)))
-    ):
+    can_resume = resuming and (holds_run(folder) or list_checkpoints(folder))
+    if folder.is_dir() and any(folder.iterdir()) and not can_resume:
         if resuming:
             raise InputError(
                 f"--output_dir {folder} holds other files and no run to go on with: choose another folder."

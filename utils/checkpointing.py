@@ -25,10 +25,9 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 TEMPORARY_PREFIX = "tmp-checkpoint-"
 METRICS_FILE = "metrics.jsonl"
-RUN_FILES = ("model_index.json", "results.json", METRICS_FILE, "samples.png", "curves.png", "README.md", "logs")
-RUN_FILES += ("comparison.json", "comparison.png", "control")
 WEIGHTS = ("transformer", "discriminator", "vae")
-RUN_FILES += (*WEIGHTS, "scheduler")
+RUN_FILES = ("model_index.json", "results.json", METRICS_FILE, "samples.png", "curves.png", "README.md", "logs")
+RUN_FILES += (*WEIGHTS, "scheduler", "comparison.json", "comparison.png", "control")
 # Config entries that do not describe the architecture.
 IGNORED_CONFIG_KEYS = ("_name_or_path", "_class_name", "_diffusers_version", "_use_default_values")
 

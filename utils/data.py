@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
+from adversarial_flow.utils.arguments import on_digits
 from adversarial_flow.utils.errors import InputError
 
 
@@ -36,7 +37,7 @@ class TrainingData:
 
 def load_training_data(args) -> TrainingData:
     """The data that the flags ask for (see [`~utils.arguments.add_data_arguments`])."""
-    if args.train_data_dir is None and args.dataset_name is None:
+    if on_digits(args):
         return load_digits(args.resolution)
     if args.train_data_dir is not None and args.dataset_name is not None:
         raise InputError("--train_data_dir and --dataset_name exclude each other: pass one of them.")
@@ -197,21 +198,19 @@ def _load_image_dataset(args) -> datasets.Dataset:
         source, kwargs = args.dataset_name, {"name": args.dataset_config_name}
     flag = "--train_data_dir" if args.train_data_dir is not None else "--dataset_name"
     value = args.train_data_dir or args.dataset_name
+    saved_with_splits = os.path.isfile(os.path.join(source, "dataset_dict.json"))
+    saved_without_splits = not saved_with_splits and os.path.isfile(os.path.join(source, "dataset_info.json"))
+    if args.dataset_name is not None and saved_without_splits and args.dataset_split != "train":
+        raise InputError(f"--dataset_split {args.dataset_split}: {value} was saved without splits; leave it out.")
     try:
         if args.train_data_dir is not None:
             dataset = datasets.load_dataset(source, split="train", cache_dir=args.cache_dir, **kwargs)
-        elif os.path.isfile(os.path.join(source, "dataset_dict.json")):
+        elif saved_with_splits:
             dataset = datasets.load_from_disk(source)[args.dataset_split]
-        elif os.path.isfile(os.path.join(source, "dataset_info.json")):
-            if args.dataset_split != "train":
-                raise InputError(
-                    f"--dataset_split {args.dataset_split}: {value} was saved without splits; leave it out."
-                )
+        elif saved_without_splits:
             dataset = datasets.load_from_disk(source)
         else:
             dataset = datasets.load_dataset(source, split=args.dataset_split, cache_dir=args.cache_dir, **kwargs)
-    except InputError:
-        raise
     except KeyError as error:
         raise InputError(f"--dataset_split {args.dataset_split}: {value} has no such split.") from error
     except IndexError as error:  # what `load_from_disk` makes of a data set without rows

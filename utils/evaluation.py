@@ -4,6 +4,7 @@
 The classifier is trained on the data set itself. Its distances are not Inception FIDs and are never called so.
 """
 
+import functools
 import hashlib
 
 import numpy as np
@@ -159,7 +160,13 @@ class SampleEvaluator:
     @classmethod
     def for_digits(cls, dataset) -> "SampleEvaluator | None":
         """The evaluator of the embedded digits; `None` for other data sets."""
-        return cls(dataset.images, dataset.labels) if isinstance(dataset, DigitsDataset) else None
+        return cls._of_digits() if isinstance(dataset, DigitsDataset) else None
+
+    @classmethod
+    @functools.cache  # a run with controls asks for it several times, and its classifier takes seconds to train
+    def _of_digits(cls) -> "SampleEvaluator":
+        digits = DigitsDataset()
+        return cls(digits.images, digits.labels)
 
     def score(self, pipeline, images_per_class: int, seed: int) -> tuple[dict[str, float], torch.Tensor]:
         """Class accuracy and Frechet distance of class-balanced samples, and the samples' features."""

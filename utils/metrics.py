@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from adversarial_flow.utils.checkpointing import METRICS_FILE
+
 
 logger = get_logger(__name__)
 
@@ -24,7 +26,7 @@ class MetricsLog:
 
     def __init__(self, accelerator: Accelerator, output_dir: str, first_step: int):
         self.accelerator = accelerator
-        self.path = Path(output_dir) / "metrics.jsonl"
+        self.path = Path(output_dir) / METRICS_FILE
         self._sums, self._counts, self._failed = {}, {}, set()
         self._images, self._since = 0, time.perf_counter()
         if accelerator.is_main_process:

@@ -12,11 +12,12 @@ import accelerate
 import diffusers
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMapEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 
+from adversarial_flow.pipelines import AdversarialFlowPipeline
 from adversarial_flow.utils.data import TrainingData
 from adversarial_flow.utils.errors import InputError
 from adversarial_flow.utils.evaluation import SampleEvaluator, sample_images
@@ -26,6 +27,21 @@ from adversarial_flow.utils.plots import image_grid, plot_curves
 
 
 logger = logging.getLogger(__name__)
+
+
+def make_pipeline(
+    transformer: torch.nn.Module, vae: AutoencoderKL | None, data: TrainingData, num_steps: int | None
+) -> AdversarialFlowPipeline:
+    """The pipeline that a run samples and saves; `num_steps` is `None` for any number and for velocities of a flow."""
+    pipeline = AdversarialFlowPipeline(
+        transformer=transformer,
+        scheduler=FlowMapEulerDiscreteScheduler(),
+        vae=vae,
+        id2label={str(index): name for index, name in data.id2label.items()},
+        num_steps=num_steps,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def grid_labels(num_classes: int | None) -> list[int] | None:
@@ -142,7 +158,7 @@ def write_results(
             log.write(step, evaluator.quick(pipeline))  # the end of the curve, on the noise of the curve
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         references = evaluator.references if evaluator is not None else None
-        plot_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png", references)
+        plot_curves(read_metrics(log.path), folder / "curves.png", references)
         called = sys.argv if Path(sys.argv[0]).name == script else [script]  # or by another script
         write_model_card(
             args.output_dir,

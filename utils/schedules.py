@@ -1,6 +1,7 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
 """Schedules of the objective's weights (lambda_ot, lambda_gp, the augmentation probability)."""
 
+import argparse
 import math
 
 
@@ -21,3 +22,13 @@ def scheduled_value(start: float, end: float, step: int, num_steps: int, schedul
     if schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return start + (end - start) * progress
+
+
+def scheduled_flag(args: argparse.Namespace, name: str, step: int, all_steps: int) -> float:
+    """The value of a flag of [`~utils.arguments.add_schedule_arguments`]; without an end it stays what it is."""
+    start, end = getattr(args, name), getattr(args, f"{name}_end")
+    if end is None:
+        return start
+    return scheduled_value(
+        start, end, step, getattr(args, f"{name}_decay_steps") or all_steps, getattr(args, f"{name}_schedule")
+    )

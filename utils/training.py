@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import datasets
 import diffusers
@@ -190,6 +191,35 @@ def apply_update(
         optimizer.step()
     optimizer.zero_grad()
     return {} if skipped else {**metrics, f"{name}_grad_norm": grad_norm}
+
+
+def accumulated_update(
+    accelerator: Accelerator,
+    name: str,
+    network: torch.nn.Module,
+    optimizer,
+    loss: Callable[[], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    args,
+    guard: NonFiniteGuard,
+    step: int,
+) -> dict[str, torch.Tensor]:
+    """
+    One update of `network`; `loss` gives the loss of a fresh micro-batch and its metrics. Returns the metrics averaged
+    over the global batch, none if the update was skipped.
+    """
+    accumulation, rows = args.gradient_accumulation_steps, []
+    for micro_step in range(accumulation):
+        with synchronised(accelerator, network, last=micro_step == accumulation - 1):
+            value, metrics = loss()
+            accelerator.backward(value / accumulation)
+        rows.append(metrics)
+    metrics = mean_over_global_batch(accelerator, rows)
+    return apply_update(accelerator, name, network, optimizer, metrics, args, guard, step)
+
+
+def synchronised(accelerator: Accelerator, network: torch.nn.Module, last: bool):
+    """A context in which gradients are reduced over the ranks in the last micro-step only."""
+    return contextlib.nullcontext() if last else accelerator.no_sync(network)
 
 
 def mean_over_global_batch(

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import FlowMapEulerDiscreteScheduler
 
-from adversarial_flow.pipelines import AdversarialFlowPipeline
-from adversarial_flow.utils.arguments import check_range
+from adversarial_flow.utils.arguments import check_range, check_share
 from adversarial_flow.utils.batches import ImageBatches
-from adversarial_flow.utils.data import TrainingData
 from adversarial_flow.utils.errors import InputError
 from adversarial_flow.utils.flow import expand_like, interpolate, sample_timesteps
 
@@ -78,17 +75,4 @@ def check_velocity_arguments(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--{name} {value} lies in --output_dir, which this run writes to: choose another folder."
             )
-    if not 0 <= args.label_dropout < 1:
-        raise InputError(f"--label_dropout must be in [0, 1), not {args.label_dropout}.")
-
-
-def make_pipeline(transformer: torch.nn.Module, vae, data: TrainingData) -> AdversarialFlowPipeline:
-    pipeline = AdversarialFlowPipeline(
-        transformer=transformer,
-        scheduler=FlowMapEulerDiscreteScheduler(),
-        vae=vae,
-        id2label={str(index): name for index, name in data.id2label.items()},
-        num_steps=None,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    check_share(args, "label_dropout")

@@ -6,17 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import assert_fails
 from PIL import Image
 
 
 @pytest.fixture
-def fails(train_afm, run):
-    def check(message: str, *flags) -> None:
-        with pytest.raises(train_afm.InputError, match=message) as info:
-            run(*flags)
-        assert "\n" not in str(info.value)
-
-    return check
+def fails(run):
+    """Asserts that `train_afm.py` with these flags ends with an `InputError` of one line that matches."""
+    return lambda message, *flags: assert_fails(message, run, *flags)
 
 
 def make_images(folder: Path, count: int = 10, size: tuple[int, int] = (16, 16), classes=("a", "b")) -> str:

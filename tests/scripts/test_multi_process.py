@@ -5,14 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_folder_weights
+from conftest import ROOT, TWO_PROCESSES, assert_same_folder_weights, weights
 from PIL import Image
-from safetensors.torch import load_file
 
 from adversarial_flow.utils.metrics import read_metrics
-
-
-TWO_PROCESSES = ("--config_file", str(ROOT / "configs" / "accelerate" / "2_cpu_processes.yaml"))
 
 
 def test_the_readme_has_this_line():
@@ -81,7 +77,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(run, run_command, probe)
         for key in ("discriminator_loss", "generator_loss", "optimal_transport_loss", "r1_penalty", "r2_penalty"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
     for name in ("transformer", "discriminator"):
-        a, b = (load_file(f"{f}/checkpoint-3/{name}/diffusion_pytorch_model.safetensors") for f in ("one", "two"))
+        a, b = (weights(f"{folder}/checkpoint-3", name) for folder in ("one", "two"))
         assert max((a[key] - b[key]).abs().max().item() for key in a) < 2e-6
 
 

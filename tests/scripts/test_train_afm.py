@@ -14,9 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLAGS, assert_same_folder_weights
+from conftest import (
+    ROOT,
+    TINY,
+    TINY_FLAGS,
+    assert_close_weights,
+    assert_same_folder_weights,
+    weights,
+    without_rates,
+)
 from PIL import Image
-from safetensors.torch import load_file
 
 from adversarial_flow import AdversarialFlowPipeline
 from adversarial_flow.utils.checkpointing import read_checkpoint
@@ -33,17 +40,6 @@ def image_folder(tmp_path):
             pixels = rng.integers(0, 255, (16, 20, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.png")
     return str(tmp_path / "images")
-
-
-def weights(folder, name="transformer"):
-    return load_file(Path(folder) / name / "diffusion_pytorch_model.safetensors")
-
-
-def assert_close_weights(first, second, atol):
-    for name in ("transformer", "discriminator"):
-        a, b = weights(first, name), weights(second, name)
-        worst = max((a[key] - b[key]).abs().max().item() for key in a)
-        assert worst <= atol, f"{name} differs by {worst}"
 
 
 def test_run_leaves_everything(run, tmp_path):
@@ -170,13 +166,11 @@ def test_resuming_is_bitwise(run, log_text, extra):
     run("--output_dir", "resumed", *common)
     for name in ("checkpoint-6", "checkpoint-4"):
         subprocess.run(["rm", "-r", f"resumed/{name}"], check=True)
-    first = [row for row in read_metrics("resumed/metrics.jsonl")]
+    first = without_rates("resumed/metrics.jsonl")
     run("--output_dir", "resumed", "--resume_from_checkpoint", "latest", *common)
     assert "Resuming from resumed/checkpoint-2 at step 2" in log_text()
     assert_same_folder_weights("straight/checkpoint-6", "resumed/checkpoint-6")
-    second = read_metrics("resumed/metrics.jsonl")
-    timeless = [{k: v for k, v in row.items() if k != "samples_per_second"} for row in first]
-    assert timeless == [{k: v for k, v in row.items() if k != "samples_per_second"} for row in second]
+    assert first == without_rates("resumed/metrics.jsonl")
     for name in ("optimizer.bin", "optimizer_1.bin", "custom_checkpoint_2.pkl"):
         a, b = (torch.load(f"{f}/checkpoint-6/{name}", weights_only=False) for f in ("straight", "resumed"))
         assert_same(a, b)

@@ -7,29 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_folder_weights
+from conftest import (
+    TWO_PROCESSES,
+    assert_close_weights,
+    assert_fails,
+    assert_same_folder_weights,
+    weights,
+    without_rates,
+)
 from PIL import Image
-from safetensors.torch import load_file
 
 from adversarial_flow import AdversarialFlowDiscriminator, AdversarialFlowPipeline
 from adversarial_flow.utils.metrics import read_metrics
-
-
-TWO_PROCESSES = ("--config_file", str(ROOT / "configs" / "accelerate" / "2_cpu_processes.yaml"))
-
-
-def weights(folder, name="transformer"):
-    return load_file(Path(folder) / name / "diffusion_pytorch_model.safetensors")
-
-
-def assert_close_weights(first, second, names, atol):
-    for name in names:
-        a, b = weights(first, name), weights(second, name)
-        assert max((a[key] - b[key]).abs().max().item() for key in a) <= atol, name
-
-
-def without_rates(path):
-    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in read_metrics(path)]
 
 
 # ----------------------------------------------------------------------------------------------------- flow matching
@@ -59,7 +48,7 @@ def test_flow_matching_resumes_bitwise_and_accumulates_exactly(run_fm):
     assert_same_folder_weights("straight/checkpoint-4", "resumed/checkpoint-4", ("transformer", "transformer_ema"))
     assert without_rates("straight/metrics.jsonl") == without_rates("resumed/metrics.jsonl")
     run_fm("--output_dir", "parts", "--train_batch_size", 4, "--gradient_accumulation_steps", 4, *common)
-    assert_close_weights("straight", "parts", ("transformer",), 2e-6)
+    assert_close_weights("straight", "parts", 2e-6, ("transformer",))
 
 
 def test_labels_are_dropped(run_fm, train_fm, monkeypatch):
@@ -129,7 +118,7 @@ def test_accumulation_equals_the_larger_batch(run_cafm, flags):
     common = ("--adam_epsilon", 1e-3, "--learning_rate", 1e-3, *flags)
     run_cafm("--train_batch_size", 16, "--output_dir", "whole", *common)
     run_cafm("--train_batch_size", 4, "--gradient_accumulation_steps", 4, "--output_dir", "parts", *common)
-    assert_close_weights("whole", "parts", ("transformer", "discriminator"), 5e-6)
+    assert_close_weights("whole", "parts", 5e-6)
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(run_cafm, run_command, tmp_path):
@@ -140,14 +129,14 @@ def test_two_processes_equal_one_with_the_doubled_batch(run_cafm, run_command, t
     result = run_command(*flags, launch=TWO_PROCESSES, timeout=400, script="train_cafm.py")
     assert result.returncode == 0, result.stderr
     run_cafm("--train_batch_size", 16, "--output_dir", "one", *common)
-    assert_close_weights("one", "two", ("transformer", "discriminator"), 5e-6)
+    assert_close_weights("one", "two", 5e-6)
 
 
 def test_the_other_derivatives_give_the_same_run(run_cafm):
     common = ("--adam_epsilon", 1e-3, "--learning_rate", 1e-3)
     run_cafm("--output_dir", "reverse", *common)
     run_cafm("--output_dir", "forward", "--derivative", "forward", *common)
-    assert_close_weights("reverse", "forward", ("transformer", "discriminator"), 1e-5)
+    assert_close_weights("reverse", "forward", 1e-5)
     run_cafm("--output_dir", "finite", "--derivative", "finite", *common)
     start, exact, finite = (weights(folder) for folder in ("start", "reverse", "finite"))
     moved = max((start[key] - exact[key]).abs().max() for key in start)
@@ -191,7 +180,7 @@ def test_jit(run_cafm, run_fm, tmp_path):
     start = ("--pretrained_model_name_or_path", "jit", "--adam_epsilon", 1e-3, "--learning_rate", 1e-3)
     run_cafm(*start, "--output_dir", "whole", "--train_batch_size", 16)
     run_cafm(*start, "--output_dir", "parts", "--train_batch_size", 4, "--gradient_accumulation_steps", 4)
-    assert_close_weights("whole", "parts", ("transformer", "discriminator"), 5e-6)
+    assert_close_weights("whole", "parts", 5e-6)
     pipeline = AdversarialFlowPipeline.from_pretrained("whole")
     assert type(pipeline.transformer).__name__ == "JiTTransformer2DModel"
     times = []
@@ -232,12 +221,6 @@ def test_comparison_with_the_control(run_cafm, run_fm, train_cafm, tmp_path, mon
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
-def fails(train_cafm, message, run, *flags):
-    with pytest.raises(train_cafm.InputError, match=message) as info:
-        run(*flags)
-    assert "\n" not in str(info.value)
-
-
 def test_bad_flags(train_cafm, run_cafm):
     for message, *flags in (
         ("--discriminator_warmup_steps 8 is not shorter than --max_train_steps 8", "--discriminator_warmup_steps", 8),
@@ -253,21 +236,21 @@ def test_bad_flags(train_cafm, run_cafm):
         ("no AdversarialFlowTransformer2DModel could be loaded", "--pretrained_model_name_or_path", "nowhere"),
         ("no AdversarialFlowTransformer2DModel could be loaded", "--discriminator_name_or_path", "nowhere"),
     ):
-        fails(train_cafm, message, run_cafm, *flags)
+        assert_fails(message, run_cafm, *flags)
     assert not Path("cafm-digits").exists() or not any(Path("cafm-digits").iterdir())
 
 
 def test_starting_models_that_do_not_fit(train_cafm, run_cafm, run_fm, run, tmp_path):
     run("--output_dir", "afm", "--max_train_steps", 1)
     start = "--pretrained_model_name_or_path"
-    fails(train_cafm, "afm: this is not a flow-matching model .* train one with train_fm.py", run_cafm, start, "afm")
+    assert_fails("afm: this is not a flow-matching model .* train one with train_fm.py", run_cafm, start, "afm")
     run_fm("--output_dir", "kept", "--label_dropout", 0, "--max_train_steps", 1)
-    fails(train_cafm, "kept has no null class, which --label_dropout 0.1 needs", run_cafm, start, "kept")
+    assert_fails("kept has no null class, which --label_dropout 0.1 needs", run_cafm, start, "kept")
     run_cafm(start, "kept", "--label_dropout", 0, "--output_dir", "without")
     config = tmp_path / "kept" / "transformer" / "config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps(values | {"num_layers": 3}))
-    fails(train_cafm, r"kept: its config and weights disagree \(missing transformer_blocks.2", run_cafm, start, "kept")
+    assert_fails(r"kept: its config and weights disagree \(missing transformer_blocks.2", run_cafm, start, "kept")
 
 
 def test_starting_models_of_other_data(train_cafm, run_cafm, tmp_path):
@@ -276,25 +259,25 @@ def test_starting_models_of_other_data(train_cafm, run_cafm, tmp_path):
         for i in range(6):
             Image.fromarray(np.full((16, 16), 20 * i, np.uint8)).save(tmp_path / "images" / label / f"{i}.png")
     flags = ("--train_data_dir", tmp_path / "images", "--output_dir", "out", "--resolution")
-    fails(train_cafm, "start: its sample_size is 8, the data has 16: .* --vae", run_cafm, *flags, 16)
-    fails(train_cafm, "start: its in_channels is 1, the data has 3", run_cafm, *flags, 8)
+    assert_fails("start: its sample_size is 8, the data has 16: .* --vae", run_cafm, *flags, 16)
+    assert_fails("start: its in_channels is 1, the data has 3", run_cafm, *flags, 8)
     run_cafm(*flags, 8, "--channels", 1)  # fewer classes than the model has are fine
 
 
 def test_starting_models_in_the_output_folder(train_cafm, run_cafm, run_fm):
     before = {path: path.read_bytes() for path in Path("start").rglob("*") if path.is_file()}
     message = "--pretrained_model_name_or_path start lies in --output_dir"
-    fails(train_cafm, message, run_cafm, "--output_dir", "start", "--overwrite_output_dir")
+    assert_fails(message, run_cafm, "--output_dir", "start", "--overwrite_output_dir")
     flags = ("--pretrained_model_name_or_path", "start", "--output_dir", "start", "--overwrite_output_dir")
-    fails(train_cafm, message, run_fm, *flags)
+    assert_fails(message, run_fm, *flags)
     assert before == {path: path.read_bytes() for path in Path("start").rglob("*") if path.is_file()}
 
 
 def test_discriminators_that_do_not_fit(train_cafm, run_cafm, run):
     run("--output_dir", "afm", "--max_train_steps", 1)
     flag = "--discriminator_name_or_path"
-    fails(train_cafm, "a discriminator without the time can't judge velocities", run_cafm, flag, "afm/discriminator")
-    fails(train_cafm, "afm: this is not a flow-matching model", run_cafm, flag, "afm")
+    assert_fails("a discriminator without the time can't judge velocities", run_cafm, flag, "afm/discriminator")
+    assert_fails("afm: this is not a flow-matching model", run_cafm, flag, "afm")
 
 
 def test_dropout_is_for_training(run_fm, run_cafm, train_cafm, train_fm, tmp_path, monkeypatch):
@@ -313,8 +296,7 @@ def test_dropout_is_for_training(run_fm, run_cafm, train_cafm, train_fm, tmp_pat
     run_cafm(*start, "--validation_steps", 3)
     assert all(modes) and len(modes) == 8 and len(sampled) == 3 and not any(sampled)
     run_cafm(*start, "--derivative", "forward", "--output_dir", "forward")
-    fails(
-        train_cafm,
+    assert_fails(
         "--derivative finite: .* set its dropout to 0",
         run_cafm,
         *start,
@@ -329,4 +311,4 @@ def test_attention_that_can_not_be_differentiated_twice(train_cafm, run_cafm, mo
     monkeypatch.setattr(
         "diffusers.models.attention_dispatch._AttentionBackendRegistry._active_backend", "_native_flash"
     )
-    fails(train_cafm, "--derivative reverse: .*'_native_flash' can't be differentiated twice", run_cafm)
+    assert_fails("--derivative reverse: .*'_native_flash' can't be differentiated twice", run_cafm)

@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = FlowBatches(
         data.dataset, plain_transformer.config, args, accelerator, vae, first_update=first_step * (args.ttur + 1)
     )
-    evaluator = SampleEvaluator.for_digits(data.dataset) if accelerator.is_main_process else None
+    evaluator = SampleEvaluator.for_data(args, data) if accelerator.is_main_process else None
     log = MetricsLog(accelerator, args.output_dir, first_step)
     log.start_trackers(args.tracker_project_name, vars(args))
     pipeline = make_pipeline(plain_transformer, vae, data, args.num_steps)

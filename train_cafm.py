@@ -151,8 +151,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--derivative forward does not go with --gradient_checkpointing: use --derivative reverse.")
     if args.derivative == "finite" and args.mixed_precision == "bf16":
         raise InputError("--derivative finite divides by a small number, which bf16 rounds away: use reverse or fp32.")
-    if args.control_learning_rates and not on_digits(args):
-        raise InputError("--control_learning_rates: only digits can be scored here; run train_fm.py for the control.")
+    if args.control_learning_rates and args.feature_extractor is None and not on_digits(args):
+        raise InputError("--control_learning_rates: the best one is chosen by a score, so pass --feature_extractor.")
     for rate in args.control_learning_rates:
         if not rate > 0:
             raise InputError(f"--control_learning_rates must be positive, not {rate}.")
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     set_rates(args, optimizer_d, scheduler_d, rate_d)
 
     batches = VelocityBatches(data.dataset, plain_transformer.config, args, accelerator, vae, first_step)
-    evaluator = SampleEvaluator.for_digits(data.dataset) if accelerator.is_main_process else None
+    evaluator = SampleEvaluator.for_data(args, data) if accelerator.is_main_process else None
     log = MetricsLog(accelerator, args.output_dir, first_step)
     log.start_trackers(args.tracker_project_name, vars(args))
     pipeline = make_pipeline(plain_transformer, vae, data, num_steps=None)

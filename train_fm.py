@@ -121,7 +121,7 @@ def train(args: argparse.Namespace) -> None:
     set_rates(args, optimizer, scheduler, args.learning_rate)
 
     batches = VelocityBatches(data.dataset, plain_transformer.config, args, accelerator, vae, first_step)
-    evaluator = SampleEvaluator.for_digits(data.dataset) if accelerator.is_main_process else None
+    evaluator = SampleEvaluator.for_data(args, data) if accelerator.is_main_process else None
     log = MetricsLog(accelerator, args.output_dir, first_step)
     log.start_trackers(args.tracker_project_name, vars(args))
     pipeline = make_pipeline(plain_transformer, vae, data, num_steps=None)

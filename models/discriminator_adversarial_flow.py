@@ -12,7 +12,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from adversarial_flow.models.second_order import SecondOrderCheckpointingMixin, copy_matching_weights, shared_config
+from adversarial_flow.models.second_order import (
+    SecondOrderCheckpointingMixin,
+    copy_matching_weights,
+    shared_config,
+    twice_differentiable_gelu,
+)
 from adversarial_flow.models.transformer_adversarial_flow import (
     AdversarialFlowBackbone,
     AdversarialFlowTransformer2DModel,
@@ -53,6 +58,7 @@ class AdversarialFlowDiscriminator(SecondOrderCheckpointingMixin, AdversarialFlo
         use_null_class: bool = False,
         time_conditioning: str = "none",
         time_scale: float = 1000.0,
+        sit_convention: bool = False,
         norm_type: str = "layer_norm",
         qk_norm: bool = False,
     ):
@@ -64,6 +70,8 @@ class AdversarialFlowDiscriminator(SecondOrderCheckpointingMixin, AdversarialFlo
         time_embeddings = ("time_embed",) if time_conditioning == "source" else ()
         self._build(time_embeddings)
         self._initialize_weights(time_embeddings)
+        for block in self.transformer_blocks:
+            block.ff.activation = twice_differentiable_gelu
         self.cls_token = nn.Parameter(torch.randn(1, 1, self.inner_dim) * 0.02)  # (1, 1, D)
         self.norm_out = make_norm(norm_type, self.inner_dim)
         # torch's own initialisation: the first logits have a variance of 1/3, where Xavier's would have 2.

@@ -41,6 +41,10 @@ def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tens
     return hidden_states * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)  # (B, T, D)
 
 
+def gelu(hidden_states: torch.Tensor) -> torch.Tensor:
+    return F.gelu(hidden_states, approximate="tanh")
+
+
 class AdversarialFlowAttnProcessor:
     """Runs the attention kernel that diffusers' dispatcher selects (`model.set_attention_backend`)."""
 
@@ -83,10 +87,11 @@ class AdversarialFlowFeedForward(nn.Module):
     def __init__(self, dim: int, inner_dim: int):
         super().__init__()
         self.linear_1 = nn.Linear(dim, inner_dim)
+        self.activation = gelu
         self.linear_2 = nn.Linear(inner_dim, dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(F.gelu(self.linear_1(hidden_states), approximate="tanh"))
+        return self.linear_2(self.activation(self.linear_1(hidden_states)))
 
 
 class AdversarialFlowTransformerBlock(nn.Module):
@@ -181,6 +186,8 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
             )
         dtype = torch.float64 if self.pos_embed.dtype == torch.float64 else torch.float32
         timestep = torch.as_tensor(timestep, dtype=dtype, device=like.device).expand(like.shape[0])
+        if self.config.sit_convention:
+            timestep = 1 - timestep
         return embedder(time_features(timestep * self.config.time_scale).to(self.pos_embed.dtype))  # (B, D)
 
     def _embed_class(self, class_labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -222,6 +229,9 @@ class AdversarialFlowTransformer2DModel(AdversarialFlowBackbone):
             the step, G(x_s, s, t) = x_s - (s - t) g(x_s, s, t). See [`~utils.flow.transport`].
         time_scale (`float`, defaults to 1000.0):
             Times in [0, 1] enter the sinusoidal embedding multiplied by this: 1000 in DiT, 1 in SiT.
+        sit_convention (`bool`, defaults to `False`):
+            The weights are those of a SiT: inside, time runs from noise (0) to data (1), and the output is x - z with
+            twice the channels, of which the second half is not used. The forward hides all of it.
         norm_type (`str`, defaults to `"layer_norm"`): `"layer_norm"` or `"rms_norm"`, both without parameters.
         qk_norm (`bool`, defaults to `False`): RMS-normalise queries and keys, which training in bfloat16 needs.
         repeats (`int`, defaults to 1):
@@ -243,6 +253,7 @@ class AdversarialFlowTransformer2DModel(AdversarialFlowBackbone):
         use_null_class: bool = False,
         time_conditioning: str = "none",
         time_scale: float = 1000.0,
+        sit_convention: bool = False,
         prediction_type: str = "sample",
         norm_type: str = "layer_norm",
         qk_norm: bool = False,
@@ -255,6 +266,8 @@ class AdversarialFlowTransformer2DModel(AdversarialFlowBackbone):
             )
         if prediction_type not in ("sample", "velocity"):
             raise ValueError(f"`prediction_type` must be 'sample' or 'velocity', not {prediction_type!r}.")
+        if sit_convention and (time_conditioning, prediction_type) != ("source", "velocity"):
+            raise ValueError("`sit_convention` needs time_conditioning='source' and prediction_type='velocity'.")
         if repeats < 1 or (repeats > 1 and time_conditioning != "none"):
             raise ValueError(
                 "`repeats` must be at least 1, and more than 1 needs time_conditioning='none' (one step)."
@@ -264,7 +277,8 @@ class AdversarialFlowTransformer2DModel(AdversarialFlowBackbone):
         self._build(time_embeddings)
         self.norm_out = make_norm(norm_type, self.inner_dim)
         self.modulation_out = nn.Linear(self.inner_dim, 2 * self.inner_dim)
-        self.proj_out = nn.Linear(self.inner_dim, patch_size**2 * in_channels)
+        out_channels = 2 * in_channels if sit_convention else in_channels
+        self.proj_out = nn.Linear(self.inner_dim, patch_size**2 * out_channels)
         self._initialize_weights(time_embeddings)
         for module in (self.modulation_out, self.proj_out):  # the output is zero at first
             nn.init.zeros_(module.weight)
@@ -313,6 +327,8 @@ class AdversarialFlowTransformer2DModel(AdversarialFlowBackbone):
         shift, scale = self.modulation_out(F.silu(conditioning)).chunk(2, dim=1)
         hidden_states = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))  # (B, T, p*p*C)
         sample = self._unpatchify(hidden_states)  # (B, C, H, W)
+        if self.config.sit_convention:
+            sample = -sample.chunk(2, dim=1)[0]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _unpatchify(self, hidden_states: torch.Tensor) -> torch.Tensor:

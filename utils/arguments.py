@@ -22,7 +22,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data (without --train_data_dir and --dataset_name: scikit-learn's digits)")
-    group.add_argument("--train_data_dir", type=str, help="A folder of images; each sub-folder is a class.")
+    group.add_argument(
+        "--train_data_dir", type=str, help="A folder of images (a sub-folder is a class) or with MNIST's files."
+    )
     group.add_argument("--dataset_name", type=str, help="A data set on the Hub or on disk, read by `datasets`.")
     group.add_argument("--dataset_config_name", type=str, help="The configuration of --dataset_name.")
     group.add_argument("--dataset_split", type=str, default="train", help="The split to train on.")
@@ -100,6 +102,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
     group.add_argument("--checkpoints_total_limit", type=int, help="Keep only this many checkpoints.")
     group.add_argument("--resume_from_checkpoint", type=str, help="'latest' or a checkpoint folder.")
+    group.add_argument(
+        "--feature_extractor",
+        choices=("small_classifier",),
+        help="Score samples in the features of a small classifier, trained on the images first; always so on digits.",
+    )
     group.add_argument("--validation_steps", type=int, default=1000, help="Steps between sample grids.")
     group.add_argument("--logging_steps", type=int, default=50, help="Steps between lines of the log.")
     group.add_argument("--report_to", type=str, default="tensorboard", choices=("tensorboard", "wandb", "none"))
@@ -201,8 +208,6 @@ def check_arguments(args: argparse.Namespace, name: str) -> None:
         raise InputError("--checkpoints_total_limit must be at least 1; leave it out to keep all checkpoints.")
     if args.output_dir is None:
         args.output_dir = f"{name}-digits" if on_digits(args) else f"{name}-model"
-    if not on_digits(args) and args.resolution is None:
-        args.resolution = 64
 
 
 def prepare_output_dir(args: argparse.Namespace) -> None:

@@ -1,13 +1,15 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
-"""Images and labels: the embedded digits, a folder of images, or any data set that `datasets` reads.
+"""Images and labels: the embedded digits, MNIST's files, a folder of images, or any data set that `datasets` reads.
 
 A sample is `{"image": float tensor (C, H, W) in [-1, 1], "label": int, "broken": str}`.
 """
 
+import gzip
 import io
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -22,6 +24,8 @@ from adversarial_flow.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")  # MNIST's format and names, also gzipped
+DEFAULT_RESOLUTION = 64
 CHECKED_IMAGES = 1000  # how many images, evenly spread, are looked at before training starts
 
 
@@ -41,6 +45,9 @@ def load_training_data(args) -> TrainingData:
         return load_digits(args.resolution)
     if args.train_data_dir is not None and args.dataset_name is not None:
         raise InputError("--train_data_dir and --dataset_name exclude each other: pass one of them.")
+    if args.train_data_dir is not None and _idx_path(args.train_data_dir, IDX_FILES[0]) is not None:
+        return load_idx(args.train_data_dir, args.resolution)
+    args.resolution = args.resolution or DEFAULT_RESOLUTION
     dataset = _load_image_dataset(args)
     if args.image_column not in dataset.column_names:
         raise InputError(_missing_column("--image_column", args.image_column, dataset))
@@ -57,18 +64,18 @@ def load_training_data(args) -> TrainingData:
     return TrainingData(images, id2label, args.channels, args.resolution)
 
 
-# ---------------------------------------------------------------------------------------------------------- digits
+# ----------------------------------------------------------------------------------- digits, files of MNIST
 
 
-class DigitsDataset(Dataset):
-    """The 1,797 grey 8x8 digits that scikit-learn ships: real data that needs no download."""
+class InMemoryDataset(Dataset):
+    """
+    Args:
+        images (`torch.Tensor` of shape `(N, C, H, W)`): In [-1, 1].
+        labels (`torch.Tensor` of shape `(N,)`): Integers from 0.
+    """
 
-    def __init__(self):
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        self.images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # (N, 1, 8, 8)
-        self.labels = torch.tensor(digits.target)  # (N,)
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        self.images, self.labels = images, labels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,9 +85,48 @@ class DigitsDataset(Dataset):
 
 
 def load_digits(resolution: int | None = None) -> TrainingData:
+    """The 1,797 grey 8x8 digits that scikit-learn ships: real data that needs no download."""
+    from sklearn.datasets import load_digits
+
     if resolution not in (None, 8):
         raise InputError(f"--resolution {resolution}: the embedded digits are 8x8; pass --train_data_dir for others.")
-    return TrainingData(DigitsDataset(), {i: str(i) for i in range(10)}, channels=1, resolution=8)
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # (N, 1, 8, 8)
+    dataset = InMemoryDataset(images, torch.tensor(digits.target))
+    return TrainingData(dataset, {i: str(i) for i in range(10)}, channels=1, resolution=8)
+
+
+def _idx_path(folder: str, name: str) -> Path | None:
+    paths = (Path(folder) / name, Path(folder) / f"{name}.gz")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _read_idx(folder: str, name: str) -> np.ndarray:
+    """An array of bytes: two zeros, 8 for bytes, the number of dimensions, each size as a big-endian int32, data."""
+    path = _idx_path(folder, name)
+    try:
+        if path is None:
+            raise OSError("there is no such file")
+        content = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin as a file of bytes in this format does")
+        shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise InputError(f"--train_data_dir {folder}: {name} can't be read ({error}).") from error
+
+
+def load_idx(folder: str, resolution: int | None = None) -> TrainingData:
+    """The training images of MNIST, Fashion-MNIST and others in their format: grey, with labels, of one size."""
+    images, labels = (torch.tensor(_read_idx(folder, name)) for name in IDX_FILES)
+    if images.ndim != 3 or images.shape[1] != images.shape[2] or labels.shape != images.shape[:1] or not len(images):
+        shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
+        raise InputError(f"--train_data_dir {folder}: square images and as many labels are needed, not {shapes}.")
+    size = images.shape[-1]
+    if resolution not in (None, size):
+        raise InputError(f"--resolution {resolution}: the images of {folder} are {size}x{size}; leave it out.")
+    dataset = InMemoryDataset(images.unsqueeze(1).float() / 127.5 - 1, labels.long())  # (N, 1, H, W)
+    return TrainingData(dataset, {i: str(i) for i in range(int(labels.max()) + 1)}, channels=1, resolution=size)
 
 
 # ---------------------------------------------------------------------------------------------------------- images

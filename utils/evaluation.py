@@ -4,19 +4,22 @@
 The classifier is trained on the data set itself. Its distances are not Inception FIDs and are never called so.
 """
 
-import functools
 import hashlib
+import itertools
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adversarial_flow.utils.data import DigitsDataset
+from adversarial_flow.utils.arguments import on_digits
+from adversarial_flow.utils.data import TrainingData
+from adversarial_flow.utils.errors import InputError
 from adversarial_flow.utils.randomness import numbered_generators
 
 
 VALIDATION_SEED, EVALUATION_SEED = 1, 2
+REFERENCE_IMAGES = 10_000  # of a larger data set so many, evenly spread
 
 
 class SmallClassifier(nn.Module):
@@ -41,25 +44,24 @@ class SmallClassifier(nn.Module):
 
 
 def train_small_classifier(
-    images: torch.Tensor, labels: torch.Tensor, epochs: int = 30, batch_size: int = 128, seed: int = 0
+    images: torch.Tensor, labels: torch.Tensor, updates: int = 450, batch_size: int = 128, seed: int = 0
 ) -> SmallClassifier:
     """
     Trains a [`SmallClassifier`] on `images` of shape `(N, C, H, W)` in [-1, 1] with integer `labels` of shape `(N,)`,
-    on the CPU in a few seconds. The result depends on the data and the seed alone.
+    on the CPU, in seconds for small images. The result depends on the data and the seed alone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SmallClassifier(images.shape[1], int(labels.max()) + 1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        steps = epochs * -(-len(images) // batch_size)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(epochs):
-            for index in torch.randperm(len(images)).split(batch_size):
-                loss = F.cross_entropy(model(images[index]), labels[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+        epochs = iter(lambda: torch.randperm(len(images)).split(batch_size), None)
+        for index in itertools.islice(itertools.chain.from_iterable(epochs), updates):
+            loss = F.cross_entropy(model(images[index]), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     return model.eval().requires_grad_(False)
 
 
@@ -136,6 +138,10 @@ def sample_images(pipeline, labels: list[int] | None, count: int, seed: int) -> 
     return torch.cat(images)
 
 
+def _sha256(images: torch.Tensor) -> str:
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+
+
 class SampleEvaluator:
     """
     Scores samples of a pipeline against a small labelled data set that fits into memory.
@@ -150,23 +156,35 @@ class SampleEvaluator:
         "Inception FID. The ratio compares like with like: sets of half the data's size against halves of the data."
     )
 
+    _made: dict[str, "SampleEvaluator"] = {}  # a run with controls asks for the same one several times
+
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
-        self.reference_sha256 = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+        self.reference_sha256 = _sha256(images)
         self.classifier = train_small_classifier(images, labels)
-        self.real_features = self.classifier.features(images)
+        self.real_features = torch.cat([self.classifier.features(chunk) for chunk in images.split(1000)])
         self.num_classes = self.classifier.classifier.out_features
         self.references = {"frechet_distance": halves_distance(self.real_features)}
 
     @classmethod
-    def for_digits(cls, dataset) -> "SampleEvaluator | None":
-        """The evaluator of the embedded digits; `None` for other data sets."""
-        return cls._of_digits() if isinstance(dataset, DigitsDataset) else None
+    def for_data(cls, args, data: TrainingData) -> "SampleEvaluator | None":
+        """
+        The evaluator that `--feature_extractor` asks for, of up to 10,000 training images; always one on digits.
 
-    @classmethod
-    @functools.cache  # a run with controls asks for it several times, and its classifier takes seconds to train
-    def _of_digits(cls) -> "SampleEvaluator":
-        digits = DigitsDataset()
-        return cls(digits.images, digits.labels)
+        Raises:
+            InputError: if the data has no labels.
+        """
+        if args.feature_extractor is None and not on_digits(args):
+            return None
+        if not data.id2label:
+            raise InputError(f"--feature_extractor {args.feature_extractor}: needs images with labels.")
+        indices = np.unique(np.linspace(0, len(data.dataset) - 1, REFERENCE_IMAGES).astype(int))
+        samples = [data.dataset[int(index)] for index in indices]
+        images = torch.stack([sample["image"] for sample in samples])
+        labels = torch.tensor([sample["label"] for sample in samples])
+        key = _sha256(images)
+        if key not in cls._made:
+            cls._made[key] = cls(images, labels)
+        return cls._made[key]
 
     def score(self, pipeline, images_per_class: int, seed: int) -> tuple[dict[str, float], torch.Tensor]:
         """Class accuracy and Frechet distance of class-balanced samples, and the samples' features."""

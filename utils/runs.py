@@ -113,6 +113,7 @@ def load_run(args, accelerator: Accelerator, resume: tuple[Path, dict] | None, r
             "--output_dir must be on a file system that all machines see."
         )
     if resume is None:
+        set_seed(args.seed, device_specific=True)  # dropout differs between the processes
         return 0
     checkpoint, state = resume
     accelerator.load_state(str(checkpoint))

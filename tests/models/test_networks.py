@@ -51,6 +51,39 @@ def test_published_parameter_counts(size):
     assert deep.num_parameters() == TRANSFORMER_PARAMETERS[size][1]  # repetitions share all weights
 
 
+SIT = {"time_conditioning": "source", "time_scale": 1.0, "use_null_class": True, "sit_convention": True}
+
+
+def test_published_parameter_counts_of_sit():
+    layers, heads, head_dim = SIZES["xl"]
+    sizes = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim, **SIT}
+    with torch.device("meta"):
+        transformer = AdversarialFlowTransformer2DModel(**sizes, prediction_type="velocity")
+        discriminator = AdversarialFlowDiscriminator.from_transformer(transformer)
+    assert transformer.num_parameters() == 675_129_632 and discriminator.num_parameters() == 672_438_528
+
+
+def test_sit_convention():
+    """The same weights with the time and the sign turned, and without the channels that are not used."""
+    config = TINY | SIT | {"prediction_type": "velocity"}
+    sit = randomized(AdversarialFlowTransformer2DModel(**config))
+    plain = AdversarialFlowTransformer2DModel(**config | {"sit_convention": False}).eval()
+    own = sit.state_dict()
+    for name in ("proj_out.weight", "proj_out.bias"):  # (p, p, 2 C): the first C channels of each pixel
+        own[name] = own[name].unflatten(0, (4, 6))[:, :3].flatten(0, 1)
+    plain.load_state_dict(own)
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([1, 5])
+    assert torch.allclose(
+        sit(x, t, class_labels=labels).sample, -plain(x, 1 - t, class_labels=labels).sample, atol=1e-6
+    )
+    discriminator = randomized(AdversarialFlowDiscriminator.from_transformer(sit))
+    plain = AdversarialFlowDiscriminator(**dict(discriminator.config) | {"sit_convention": False}).eval()
+    plain.load_state_dict(discriminator.state_dict())
+    assert torch.allclose(discriminator(x, t, labels).logits, plain(x, 1 - t, labels).logits, atol=1e-6)
+    with pytest.raises(ValueError, match="`sit_convention` needs"):
+        AdversarialFlowTransformer2DModel(**TINY, sit_convention=True)
+
+
 @pytest.mark.parametrize("time_conditioning", ["none", "source", "source_target"])
 @pytest.mark.parametrize("num_classes", [5, None])
 @pytest.mark.parametrize("norm_type", ["layer_norm", "rms_norm"])

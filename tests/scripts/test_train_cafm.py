@@ -18,6 +18,7 @@ from conftest import (
 from PIL import Image
 
 from adversarial_flow import AdversarialFlowDiscriminator, AdversarialFlowPipeline
+from adversarial_flow.utils.evaluation import SampleEvaluator
 from adversarial_flow.utils.metrics import read_metrics
 
 
@@ -205,8 +206,6 @@ def test_velocities_of_a_model_that_predicts_x(run_fm, train_fm, tmp_path, monke
 
 
 def test_comparison_with_the_control(run_cafm, run_fm, train_cafm, tmp_path, monkeypatch, capsys):
-    from adversarial_flow.utils.evaluation import SampleEvaluator
-
     monkeypatch.setattr(train_cafm, "SampleEvaluator", SampleEvaluator)
     run_cafm("--control_learning_rates", 1e-4, 1e-3)
     result = json.loads((tmp_path / "cafm-digits" / "comparison.json").read_text())
@@ -262,6 +261,25 @@ def test_starting_models_of_other_data(train_cafm, run_cafm, tmp_path):
     assert_fails("start: its sample_size is 8, the data has 16: .* --vae", run_cafm, *flags, 16)
     assert_fails("start: its in_channels is 1, the data has 3", run_cafm, *flags, 8)
     run_cafm(*flags, 8, "--channels", 1)  # fewer classes than the model has are fine
+    controls = ("--control_learning_rates", 1e-3)
+    assert_fails("--control_learning_rates: .* pass --feature_extractor", run_cafm, *flags, 8, *controls)
+
+
+def test_scores_of_other_data(train_fm, run_fm, tmp_path, monkeypatch):
+    """MNIST's files by their path; the score is of these images."""
+    monkeypatch.setattr(train_fm, "SampleEvaluator", SampleEvaluator)
+    generator = np.random.default_rng(0)
+    for name, array in (
+        ("train-images-idx3-ubyte", generator.integers(0, 256, (60, 4, 4), np.uint8)),
+        ("train-labels-idx1-ubyte", np.arange(60, dtype=np.uint8) % 2),
+    ):
+        content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+        (tmp_path / name).write_bytes(content)
+    run_fm("--train_data_dir", tmp_path, "--feature_extractor", "small_classifier", "--output_dir", "out")
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["num_images"] == 1000 and results["reference"] == "60 training images"
+    assert results["metrics"]["frechet_distance"] > 0
+    assert_fails("--resolution 8: the images of .* are 4x4", run_fm, "--train_data_dir", tmp_path, "--resolution", 8)
 
 
 def test_starting_models_in_the_output_folder(train_cafm, run_cafm, run_fm):

@@ -1,10 +1,12 @@
+import gzip
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from adversarial_flow.utils.data import center_crop, convert
+from adversarial_flow.utils.data import IDX_FILES, center_crop, convert, load_idx
+from adversarial_flow.utils.errors import InputError
 
 
 def test_center_crop_is_adms():
@@ -45,3 +47,44 @@ def test_photos_stand_upright():
     dataset = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image(decode=False)}))
     image = ImageDataset(dataset, "image", None, 8, 1)[0]["image"]
     assert image[0, :, 5:].mean() > 0.9 and image[0, :, :3].mean() < -0.9
+
+
+def write_idx(folder, name: str, array: np.ndarray, compress: bool = False) -> None:
+    folder.mkdir(exist_ok=True)
+    content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+    path = folder / (name + (".gz" if compress else ""))
+    path.write_bytes(gzip.compress(content) if compress else content)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_mnist_files(tmp_path, compress):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (6, 4, 4), np.uint8)
+    labels = np.array([0, 2, 1, 0, 2, 2], np.uint8)
+    for name, array in zip(IDX_FILES, (images, labels)):
+        write_idx(tmp_path, name, array, compress)
+    data = load_idx(str(tmp_path))
+    assert (data.channels, data.resolution, len(data.dataset)) == (1, 4, 6)
+    assert data.id2label == {0: "0", 1: "1", 2: "2"}
+    sample = data.dataset[1]
+    assert sample["label"] == 2 and sample["image"].shape == (1, 4, 4)
+    assert np.array_equal(((sample["image"][0] + 1) * 127.5).round().numpy(), images[1])
+    with pytest.raises(InputError, match="--resolution 8: the images of .* are 4x4; leave it out"):
+        load_idx(str(tmp_path), 8)
+
+
+def test_bad_mnist_files(tmp_path):
+    write_idx(tmp_path, IDX_FILES[0], np.zeros((6, 4, 4), np.uint8))
+    with pytest.raises(InputError, match="train-labels-idx1-ubyte can't be read .there is no such file"):
+        load_idx(str(tmp_path))
+    write_idx(tmp_path, IDX_FILES[1], np.zeros(5, np.uint8))
+    with pytest.raises(InputError, match=r"as many labels are needed, not \(6, 4, 4\) and \(5,\)"):
+        load_idx(str(tmp_path))
+    for broken in (b"", b"PNG and more", bytes([0, 0, 8, 3, 0, 0, 0, 9])):
+        (tmp_path / IDX_FILES[0]).write_bytes(broken)
+        with pytest.raises(InputError, match="train-images-idx3-ubyte can't be read"):
+            load_idx(str(tmp_path))
+    (tmp_path / IDX_FILES[0]).unlink()
+    (tmp_path / f"{IDX_FILES[0]}.gz").write_bytes(gzip.compress(b"\0" * 1000)[:20])
+    with pytest.raises(InputError, match="can't be read"):
+        load_idx(str(tmp_path))

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from adversarial_flow import AdversarialFlowDiscriminator, AdversarialFlowTransformer2DModel, DirectionalDerivative
+from adversarial_flow import (
+    AdversarialFlowDiscriminator,
+    AdversarialFlowTransformer2DModel,
+    DirectionalDerivative,
+    JiTDiscriminator,
+)
 from adversarial_flow.utils.losses import (
     discriminator_velocity_loss,
     generator_velocity_loss,
@@ -198,10 +203,26 @@ def test_discriminator_from_a_transformer():
     assert own["proj_out.weight"].shape == (1, 16)
 
 
-def test_compiled():
+def make_small_discriminator() -> AdversarialFlowDiscriminator:
+    return make_discriminator(torch.float32, num_layers=1, time_scale=1.0)
+
+
+def make_jit_discriminator() -> JiTDiscriminator:
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": 3}
+    tokens = {"bottleneck_dim": 6, "in_context_length": 2, "in_context_start": 1}
+    model = JiTDiscriminator(sample_size=4, patch_size=2, in_channels=2, **sizes, **tokens)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("make", [make_small_discriminator, make_jit_discriminator])
+def test_compiled(make):
     """One graph; the values and parameter gradients of eager mode, for D's step; G's step stays eager."""
     torch._dynamo.reset()
-    model = make_discriminator(torch.float32, num_layers=1, time_scale=1.0)
+    model = make()
     arguments, compiled = inputs(torch.float32), DirectionalDerivative(model, compile=True)
     loss, eager = loss_and_gradients(DirectionalDerivative(model), model, arguments)
     torch._dynamo.utils.counters.clear()

@@ -1,8 +1,14 @@
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
 
+from adversarial_flow.utils import evaluation
+from adversarial_flow.utils.data import InMemoryDataset, TrainingData
+from adversarial_flow.utils.errors import InputError
 from adversarial_flow.utils.evaluation import (
+    SampleEvaluator,
     evaluate_images,
     frechet_distance,
     halves_distance,
@@ -44,10 +50,26 @@ def test_classifier_is_deterministic_and_scores_real_images_as_real():
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     labels = torch.tensor(digits.target)
-    first, second = (train_small_classifier(images, labels, epochs=6) for _ in range(2))
+    first, second = (train_small_classifier(images, labels, updates=90) for _ in range(2))
     assert torch.equal(first(images[:10]), second(images[:10]))
     features = first.features(images)
     metrics, _ = evaluate_images(first, images, labels, features)
     assert metrics["class_accuracy"] > 0.95 and metrics["frechet_distance"] < 0.1
     noise, _ = evaluate_images(first, torch.randn(500, 1, 8, 8), labels[:500], features)
     assert noise["class_accuracy"] < 0.4 and noise["frechet_distance"] > 20 * halves_distance(features)
+
+
+def test_evaluator_of_any_labelled_data(monkeypatch):
+    monkeypatch.setattr(evaluation, "REFERENCE_IMAGES", 40)
+    images, labels = torch.rand(100, 3, 8, 8) * 2 - 1, torch.arange(100) % 3
+    data = TrainingData(InMemoryDataset(images, labels), {0: "a", 1: "b", 2: "c"}, 3, 8)
+    flags = {"train_data_dir": "somewhere", "dataset_name": None}
+    assert SampleEvaluator.for_data(Namespace(**flags, feature_extractor=None), data) is None
+    args = Namespace(**flags, feature_extractor="small_classifier")
+    evaluator = SampleEvaluator.for_data(args, data)
+    assert evaluator.real_features.shape == (40, 64) and evaluator.num_classes == 3
+    assert SampleEvaluator.for_data(args, data) is evaluator  # its classifier is trained once
+    other = TrainingData(InMemoryDataset(-images, labels), data.id2label, 3, 8)
+    assert SampleEvaluator.for_data(args, other) is not evaluator
+    with pytest.raises(InputError, match="--feature_extractor small_classifier: needs images with labels"):
+        SampleEvaluator.for_data(args, TrainingData(data.dataset, {}, 3, 8))

@@ -130,7 +130,8 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
             )
         if config.norm_type not in ("layer_norm", "rms_norm"):
             raise ValueError(f"`norm_type` must be 'layer_norm' or 'rms_norm', not {config.norm_type!r}.")
-        if config.use_null_class and config.num_classes is None:
+        num_classes, use_null_class = config.get("num_classes"), config.get("use_null_class")  # a classifier has none
+        if use_null_class and num_classes is None:
             raise ValueError("`use_null_class` needs `num_classes`: an unconditional model has no class to drop.")
         dim = config.num_attention_heads * config.attention_head_dim
         if dim % 4 != 0:
@@ -145,8 +146,8 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
         self.pos_embed = nn.Parameter(positions.float().unsqueeze(0), requires_grad=False)  # (1, T, D)
         for name in time_embeddings:
             setattr(self, name, TimestepEmbedding(TIME_FEATURES, dim))
-        if config.num_classes is not None:
-            self.class_embed = nn.Embedding(config.num_classes + int(config.use_null_class), dim)
+        if num_classes is not None:
+            self.class_embed = nn.Embedding(num_classes + int(use_null_class), dim)
         self.transformer_blocks = nn.ModuleList(
             AdversarialFlowTransformerBlock(
                 dim, config.num_attention_heads, config.mlp_ratio, config.norm_type, config.qk_norm
@@ -165,7 +166,7 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
         for name in time_embeddings:
             nn.init.normal_(getattr(self, name).linear_1.weight, std=0.02)
             nn.init.normal_(getattr(self, name).linear_2.weight, std=0.02)
-        if self.config.num_classes is not None:
+        if self.config.get("num_classes") is not None:
             nn.init.normal_(self.class_embed.weight, std=0.02)
         for block in self.transformer_blocks:
             nn.init.zeros_(block.modulation.weight)
@@ -181,12 +182,10 @@ class AdversarialFlowBackbone(ModelMixin, AttentionMixin, ConfigMixin):
     def _embed_time(self, embedder: nn.Module, timestep: torch.Tensor | float | None, like: torch.Tensor):
         """Embeds times in [0, 1], a scalar or one for each sample; the sinusoids are never in half precision."""
         if timestep is None:
-            raise ValueError(
-                f"This model was made with time_conditioning={self.config.time_conditioning!r} and needs the times."
-            )
+            raise ValueError("This model is conditioned on the time and needs `timestep`.")
         dtype = torch.float64 if self.pos_embed.dtype == torch.float64 else torch.float32
         timestep = torch.as_tensor(timestep, dtype=dtype, device=like.device).expand(like.shape[0])
-        if self.config.sit_convention:
+        if self.config.get("sit_convention"):
             timestep = 1 - timestep
         return embedder(time_features(timestep * self.config.time_scale).to(self.pos_embed.dtype))  # (B, D)
 

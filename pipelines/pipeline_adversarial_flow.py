@@ -1,10 +1,16 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
 """The pipeline that samples adversarial flow models.
 
-This file imports nothing but torch and diffusers, so that it can be uploaded next to the weights as it is.
+This file imports nothing but torch, diffusers and what diffusers needs, so that it can be uploaded next to the weights
+as it is. `save_pretrained` does so.
 """
 
+import inspect
+import json
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +20,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import FlowMapEulerDiscreteScheduler
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo, snapshot_download, upload_folder
 
 
 # Sampling steps when none are asked for: of an any-step model, as in the released code, and of a model of the flow's
@@ -45,6 +52,8 @@ class AdversarialFlowPipeline(DiffusionPipeline):
             (each of them, and all together, can be asked for).
         num_steps (`int`, *optional*, defaults to 1):
             The number of steps trained for; `None` means any number, and is what models of a velocity have.
+        vae_name_or_path (`str`, *optional*):
+            A VAE on the Hub or on disk to load when none is given: a reference, for folders without weights of a VAE.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -58,15 +67,71 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None,
         num_steps: int | None = 1,
+        vae_name_or_path: str | None = None,
     ):
         super().__init__()
+        if vae is None and vae_name_or_path is not None:
+            vae = AutoencoderKL.from_pretrained(vae_name_or_path)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         id2label = {int(index): str(name) for index, name in (id2label or {}).items()}
-        self.register_to_config(id2label=id2label, num_steps=num_steps)
+        self.register_to_config(id2label=id2label, num_steps=num_steps, vae_name_or_path=vae_name_or_path)
         self.labels = {name.strip(): index for index, names in id2label.items() for name in names.split(",")}
         self.labels.update({name: index for index, name in id2label.items()})
         vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        r"""
+        Saves the pipeline with the two files of code that it needs, so that
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads it where this package is not.
+
+        Args:
+            save_directory (`str`): A folder.
+            push_to_hub (`bool`, defaults to `False`): Upload the folder afterwards.
+            kwargs: As for [`~DiffusionPipeline.save_pretrained`].
+        """
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "token", "private") if key in kwargs}
+        commit = {key: kwargs.pop(key) for key in ("commit_message", "create_pr") if key in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text())
+        index["_class_name"] = [_copy_code(type(self), folder), type(self).__name__]
+        transformer = getattr(self.transformer, "_orig_mod", self.transformer)  # of a compiled model
+        index["transformer"] = [_copy_code(type(transformer), folder / "transformer"), type(transformer).__name__]
+        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
+        if push_to_hub:
+            name = hub.pop("repo_id", folder.resolve().name)
+            token = hub.get("token")
+            repo_id = create_repo(name, exist_ok=True, **hub).repo_id
+            upload_folder(repo_id=repo_id, folder_path=folder, token=token, **commit)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        r"""
+        Loads a pipeline; the arguments are those of [`~DiffusionPipeline.from_pretrained`]. The installed package uses
+        its own code and never a folder's, which is not even downloaded, so that no trust is needed.
+        """
+        name = pretrained_model_name_or_path
+        if _is_installed(cls) and not os.path.isdir(name):
+            options = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+            hub = {key: kwargs[key] for key in options if key in kwargs}
+            patterns = ["*.json", "*.safetensors"]
+            pretrained_model_name_or_path = snapshot_download(str(name), allow_patterns=patterns, **hub)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """The config of a saved pipeline, which names the installed package's code if it is there."""
+        config = super().load_config(*args, **kwargs)
+        if not _is_installed(cls):
+            return config
+        values = config[0] if isinstance(config, tuple) else config
+        if isinstance(values.get("_class_name"), list):
+            values["_class_name"] = values["_class_name"][1]
+        module, class_name = values.get("transformer") or (None, None)
+        if module is not None:
+            values["transformer"] = [f"adversarial_flow.models.{module.rsplit('.', 1)[-1]}", class_name]
+        return config
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         r"""
@@ -281,3 +346,16 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
         return [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in class_labels]
+
+
+def _is_installed(cls: type) -> bool:
+    """Whether the class is the package's, and not that of a copy that was loaded with `trust_remote_code`."""
+    return cls.__module__.startswith("adversarial_flow.")
+
+
+def _copy_code(cls: type, folder: Path) -> str:
+    """Copies the file that defines a class into a folder; returns the file's name without `.py`."""
+    source = Path(inspect.getfile(cls))
+    if source.resolve() != (folder / source.name).resolve():
+        shutil.copyfile(source, folder / source.name)
+    return source.stem

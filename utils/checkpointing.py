@@ -27,7 +27,7 @@ TEMPORARY_PREFIX = "tmp-checkpoint-"
 METRICS_FILE = "metrics.jsonl"
 WEIGHTS = ("transformer", "discriminator", "vae")
 RUN_FILES = ("model_index.json", "results.json", METRICS_FILE, "samples.png", "curves.png", "README.md", "logs")
-RUN_FILES += (*WEIGHTS, "scheduler", "comparison.json", "comparison.png", "control")
+RUN_FILES += (*WEIGHTS, "scheduler", "pipeline_adversarial_flow.py", "comparison.json", "comparison.png", "control")
 # Config entries that do not describe the architecture.
 IGNORED_CONFIG_KEYS = ("_name_or_path", "_class_name", "_diffusers_version", "_use_default_values")
 

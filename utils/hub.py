@@ -3,9 +3,12 @@
 
 import json
 import logging
+import shlex
 from pathlib import Path
 
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import create_branch, create_repo, upload_folder
+
+from adversarial_flow.utils.errors import InputError
 
 
 logger = logging.getLogger(__name__)
@@ -13,6 +16,7 @@ logger = logging.getLogger(__name__)
 UPLOADED = [
     "README.md",
     "model_index.json",
+    "pipeline_*.py",
     "results.json",
     "metrics.jsonl",
     "*.png",
@@ -21,7 +25,7 @@ UPLOADED = [
     "scheduler/*",
     "vae/*",
 ]
-
+NOT_UPLOADED = ("checkpoint-*", "logs/*", "control/*")
 
 AFM = "[arXiv 2511.22475](https://arxiv.org/abs/2511.22475)"
 CAFM = "[arXiv 2604.11521](https://arxiv.org/abs/2604.11521)"
@@ -32,26 +36,8 @@ KINDS = {  # by script: what the model card says, and its tags
 }
 
 
-def write_model_card(
-    output_dir: str, title: str, script: str, command: str, pipeline, flags: dict, results: dict
-) -> None:
-    """Writes `README.md`: what the model is, how to use it, its samples, its curves, and the recipe that made it."""
-    arguments = "batch_size=4" if pipeline.transformer.config.num_classes is None else "class_labels=[0, 1]"
-    sentence, tags = KINDS[script]
-    tags = "\n".join(f"- {tag}" for tag in (*tags, "diffusers-training"))
-    usage = (
-        f"from adversarial_flow import {type(pipeline).__name__}\n\n"
-        f'pipe = {type(pipeline).__name__}.from_pretrained("{title}")\n'
-        f"images = pipe({arguments}).images"
-    )
-    metrics = "\n".join(
-        f"| {name} | {value:.4g} |" for name, value in results.get("metrics", {}).items() if value is not None
-    )
-    pictures = "\n\n".join(
-        f"![{name}]({name}.png)" for name in ("samples", "curves") if (Path(output_dir) / f"{name}.png").exists()
-    )
-    recipe = {name: value for name, value in flags.items() if value is not None and not name.startswith("hub_")}
-    card = f"""---
+CARD = """---
+license: apache-2.0
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
 tags:
@@ -60,58 +46,106 @@ tags:
 
 # {title}
 
-{sentence}, trained with `{script}` of the `adversarial_flow` package for {results["steps"]} steps.
+{sentence}
 
 ```python
-{usage}
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{title}", trust_remote_code=True)
+images = pipe({arguments}).images
 ```
+
+`trust_remote_code=True` runs the two files of code that lie beside the weights (Apache License 2.0). Where the
+`adversarial_flow` package is installed, `AdversarialFlowPipeline.from_pretrained("{title}")` uses its code instead.
 
 {pictures}
-
-| metric | value |
-| --- | --- |
-{metrics}
-
-{results.get("note", "")}
-
-## Recipe
-
-```bash
-{command}
-```
-
-```json
-{json.dumps(recipe, indent=2, default=str)}
-```
 """
+
+
+def make_card(folder: Path, title: str, pipeline, sentence: str, tags: tuple[str, ...]) -> str:
+    """A model card: what the model is, how to use it, and its pictures."""
+    pictures = [name for name in ("samples", "curves") if (folder / f"{name}.png").exists()]
+    return CARD.format(
+        title=title,
+        sentence=sentence,
+        tags="\n".join(f"- {tag}" for tag in tags),
+        arguments="batch_size=4" if pipeline.transformer.config.num_classes is None else "class_labels=[0, 1]",
+        pictures="\n\n".join(f"![{name}]({name}.png)" for name in pictures),
+    )
+
+
+def write_model_card(
+    output_dir: str, title: str, script: str, command: str, pipeline, flags: dict, results: dict
+) -> None:
+    """Writes `README.md` of a training run: the card with the metrics, where they come from, and the recipe."""
+    sentence, tags = KINDS[script]
+    sentence += f", trained with `{script}` of the `adversarial_flow` package for {results['steps']} steps."
+    metrics = "\n".join(
+        f"| {name} | {value:.4g} |" for name, value in results.get("metrics", {}).items() if value is not None
+    )
+    recipe = {name: value for name, value in flags.items() if value is not None and not name.startswith("hub_")}
+    recipe = json.dumps(recipe, indent=2, default=str)
+    card = make_card(Path(output_dir), title, pipeline, sentence, (*tags, "diffusers-training"))
+    if metrics:
+        card += f"\n| metric | value |\n| --- | --- |\n{metrics}\n\n{results.get('note', '')}\n"
+    card += f"\n## Recipe\n\n```bash\n{command}\n```\n\n```json\n{recipe}\n```\n"
     (Path(output_dir) / "README.md").write_text(card)
 
 
-def upload_command(repo_id: str, output_dir: str) -> str:
-    """The command that uploads a final folder by hand."""
-    return f"hf upload {repo_id} {output_dir} . --exclude 'checkpoint-*' --exclude 'logs/*'"
+def upload_command(
+    repo_id: str, output_dir: str, private: bool = False, revision: str | None = None, create_pr: bool = False
+) -> str:
+    """The command that uploads a final folder by hand; what the Hub has already is not sent again."""
+    options = " --private" * private + f" --revision {revision}" * bool(revision) + " --create-pr" * create_pr
+    exclude = " ".join(f"--exclude {pattern!r}" for pattern in NOT_UPLOADED)
+    return f"hf upload {repo_id} {shlex.quote(str(output_dir))} . {exclude}{options}"
 
 
-def push_to_hub(output_dir: str, repo_id: str | None, token: str | None, private: bool) -> None:
+def upload(
+    output_dir: str,
+    repo_id: str,
+    token: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str = "End of training",
+) -> str:
     """
-    Uploads the final folder without its checkpoints and logs. A failure is logged with the command that uploads
-    later; it never costs what was trained.
+    Uploads a final folder without its checkpoints and logs, to a branch (`revision`) or as a pull request when asked.
+
+    Returns:
+        `str`: the address of the commit.
+
+    Raises:
+        InputError: on any failure, with the command that uploads the folder later.
     """
-    repo_id = repo_id or Path(output_dir).resolve().name
     try:
-        repo_id = create_repo(repo_id, exist_ok=True, token=token, private=private).repo_id
-        upload_folder(
+        repo_id = create_repo(repo_id, exist_ok=True, token=token, private=private or None).repo_id
+        if revision is not None:
+            create_branch(repo_id, branch=revision, exist_ok=True, token=token)
+        return upload_folder(
             repo_id=repo_id,
             folder_path=output_dir,
             token=token,
+            revision=revision,
+            create_pr=create_pr,
             allow_patterns=UPLOADED,
-            commit_message="End of training",
+            commit_message=message,
         )
-    except Exception as error:  # network, permission or server trouble: the weights are on the disk
+    except Exception as error:  # network, permission or server trouble: everything is on the disk
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        logger.error(
-            f"The upload failed ({reason}). Everything is in {output_dir}; upload it later with: "
-            f"{upload_command(repo_id, output_dir)}"
-        )
+        command = upload_command(repo_id, output_dir, private, revision, create_pr)
+        raise InputError(
+            f"The upload to {repo_id} failed ({reason}). Everything is in {output_dir}; upload it later with: "
+            f"{command}"
+        ) from error
+
+
+def push_to_hub(output_dir: str, repo_id: str | None, token: str | None, private: bool) -> None:
+    """Uploads what a training run left. A failure is logged; it never costs what was trained."""
+    try:
+        address = upload(output_dir, repo_id or Path(output_dir).resolve().name, token, private)
+    except InputError as error:
+        logger.error(str(error))
     else:
-        logger.info(f"Uploaded to {repo_id}.")
+        logger.info(f"Uploaded to {address}.")

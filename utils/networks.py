@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from adversarial_flow.models import (
+    AdversarialFlowClassifier,
     AdversarialFlowDiscriminator,
     AdversarialFlowTransformer2DModel,
     JiTDiscriminator,
@@ -257,3 +258,18 @@ def load_network(cls: type, name_or_path: str, subfolder: str, flag: str) -> tor
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise InputError(f"{flag}: its config and weights disagree ({', '.join(wrong[:10])}{more}).")
     return model
+
+
+def load_any_network(name_or_path: str, flag: str) -> torch.nn.Module:
+    """
+    The transformer of a pipeline, or a network of its own of any kind.
+
+    Raises:
+        InputError: if there is none.
+    """
+    classes = {cls.__name__: cls for pair in VELOCITY_NETWORKS.values() for cls in pair}
+    classes[AdversarialFlowClassifier.__name__] = AdversarialFlowClassifier
+    name = read_class_name(name_or_path, "transformer")
+    if name not in classes:
+        raise InputError(f"{flag}: there is no network of a known class ({', '.join(classes)}).")
+    return load_network(classes[name], name_or_path, "transformer", flag)

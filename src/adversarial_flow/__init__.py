@@ -1,6 +1,7 @@
 """Adversarial Flow Models (arXiv 2511.22475, arXiv 2604.11521) with accelerate and diffusers."""
 
 from adversarial_flow.models import (
+    AdversarialFlowClassifier,
     AdversarialFlowDiscriminator,
     AdversarialFlowTransformer2DModel,
     JiTDiscriminator,
@@ -12,6 +13,7 @@ from adversarial_flow.utils.derivative import DirectionalDerivative
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "AdversarialFlowClassifier",
     "AdversarialFlowDiscriminator",
     "AdversarialFlowPipeline",
     "AdversarialFlowTransformer2DModel",

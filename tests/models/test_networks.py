@@ -210,7 +210,7 @@ def test_bad_inputs():
     model = AdversarialFlowTransformer2DModel(**TINY, time_conditioning="source")
     with pytest.raises(ValueError, match="expected"):
         model(torch.randn(1, 3, 16, 16), 1.0, class_labels=torch.tensor([0]))
-    with pytest.raises(ValueError, match="needs the times"):
+    with pytest.raises(ValueError, match="needs `timestep`"):
         model(torch.randn(1, 3, 8, 8), class_labels=torch.tensor([0]))
     with pytest.raises(ValueError, match="needs `class_labels`"):
         model(torch.randn(1, 3, 8, 8), 1.0)

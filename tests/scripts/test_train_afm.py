@@ -433,7 +433,7 @@ def test_failing_tracker_and_validation_do_not_end_the_run(train_afm, run, tmp_p
 
 def test_failed_push_costs_nothing_and_names_the_command(run, tmp_path, log_text):
     run("--push_to_hub", "--hub_model_id", "someone/model")  # HF_HUB_OFFLINE=1: the upload can only fail
-    assert "The upload failed" in log_text() and "hf upload someone/model afm-digits" in log_text()
+    assert "The upload to someone/model failed" in log_text() and "hf upload someone/model afm-digits" in log_text()
     assert (tmp_path / "afm-digits" / "model_index.json").exists()
 
 

@@ -1,0 +1,333 @@
+"""Conversion of plain checkpoints on state dicts of their exact names, at small width."""
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_fails
+from diffusers import AutoencoderKL
+from torch import nn
+
+from adversarial_flow import (
+    AdversarialFlowClassifier,
+    AdversarialFlowDiscriminator,
+    AdversarialFlowPipeline,
+    AdversarialFlowTransformer2DModel,
+    JiTDiscriminator,
+    JiTTransformer2DModel,
+)
+from adversarial_flow.utils.conversion import NAMES, infer_config, known_hints, to_plain_names
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("convert_checkpoint")
+
+
+def dit_state(width=32, depth=2, patch=2, channels=4, rows=5, times=0, outputs=None, head="final_layer") -> dict:
+    """The names and shapes of a DiT, SiT, their discriminator (`dis_embed`) or classifier (`cls_embed`)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator) * 0.1
+
+    def linear(name, rows, columns, bias=True):
+        return {f"{name}.weight": random(rows, columns)} | ({f"{name}.bias": random(rows)} if bias else {})
+
+    state = {"pos_embed": random(1, 16, width)}
+    state |= {"x_embedder.proj.weight": random(width, channels, patch, patch), "x_embedder.proj.bias": random(width)}
+    for embedder in ("t_embedder", "t_tgt_embedder")[:times]:
+        state |= linear(f"{embedder}.mlp.0", width, 256) | linear(f"{embedder}.mlp.2", width, width)
+    if head != "cls_embed":
+        state["y_embedder.embedding_table.weight"] = random(rows, width)
+    for i in range(depth):
+        block = f"blocks.{i}"
+        state |= linear(f"{block}.attn.qkv", 3 * width, width) | linear(f"{block}.attn.proj", width, width)
+        state |= linear(f"{block}.mlp.fc1", 4 * width, width) | linear(f"{block}.mlp.fc2", width, 4 * width)
+        state |= linear(f"{block}.adaLN_modulation.1", 6 * width, width)
+    if head == "final_layer":
+        state |= linear("final_layer.linear", patch**2 * (outputs or channels), width)
+        return state | linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    state[head] = random(width)
+    return state | linear("final_layer.1", rows if head == "cls_embed" else 1, width, bias=head == "cls_embed")
+
+
+def jit_state(width=32, depth=3, heads=2, patch=2, rows=6, discriminator=False) -> dict:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator) * 0.1
+
+    def linear(name, rows, columns):
+        return {f"{name}.weight": random(rows, columns), f"{name}.bias": random(rows)}
+
+    inner = int(4 * width * 2 / 3)
+    state = {"pos_embed": random(1, 16, width), "in_context_posemb": random(1, 3, width)}
+    state |= {"x_embedder.proj1.weight": random(8, 3, patch, patch), "x_embedder.proj2.weight": random(width, 8, 1, 1)}
+    state |= {"x_embedder.proj2.bias": random(width), "y_embedder.embedding_table.weight": random(rows, width)}
+    state |= linear("t_embedder.mlp.0", width, 256) | linear("t_embedder.mlp.2", width, width)
+    for i in range(depth):
+        block = f"blocks.{i}"
+        state |= {f"{block}.{norm}.weight": random(width) + 1 for norm in ("norm1", "norm2")}
+        state |= {f"{block}.attn.{norm}.weight": random(width // heads) + 1 for norm in ("q_norm", "k_norm")}
+        state |= linear(f"{block}.attn.qkv", 3 * width, width) | linear(f"{block}.attn.proj", width, width)
+        state |= linear(f"{block}.mlp.w12", 2 * inner, width) | linear(f"{block}.mlp.w3", width, inner)
+        state |= linear(f"{block}.adaLN_modulation.1", 6 * width, width)
+    if discriminator:
+        return state | linear("proj_out.1", 1, width)
+    state["final_layer.norm_final.weight"] = random(width) + 1
+    state |= linear("final_layer.linear", patch**2 * 3, width)
+    return state | linear("final_layer.adaLN_modulation.1", 2 * width, width)
+
+
+HEADS = ("--num_attention_heads", "2")
+JIT = ("--in_context_start", "1")
+AFM = [  # file name, its weights, flags, num_steps of the pipeline, entries of the config
+    ("one.pth", {}, (), 1, {"time_conditioning": "none", "prediction_type": "sample", "repeats": 1}),
+    ("two.pth", {"times": 1}, ("--num_steps", "2"), 2, {"prediction_type": "velocity"}),
+    ("four.pth", {"times": 1}, ("--num_steps", "4"), 4, {"time_conditioning": "source"}),
+    ("any.pth", {"times": 2}, (), None, {"time_conditioning": "source_target", "prediction_type": "velocity"}),
+    ("deep.pth", {"times": 1}, ("--repeats", "4"), 1, {"repeats": 4, "prediction_type": "sample"}),
+    ("sit.pth", {"times": 1, "outputs": 8}, (), None, {"sit_convention": True, "num_classes": 4, "time_scale": 1.0}),
+]
+
+
+@pytest.mark.parametrize("name,shape,flags,num_steps,entries", AFM, ids=[row[0] for row in AFM])
+def test_generators(script, tmp_path, name, shape, flags, num_steps, entries):
+    """A pipeline that samples with the right number of steps; and back, bitwise."""
+    state = dit_state(**shape)
+    torch.save(state, tmp_path / name)
+    script.main([str(tmp_path / name), str(tmp_path / "out"), *HEADS, *flags, "--vae", "none"])
+    pipeline = AdversarialFlowPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    config = pipeline.transformer.config
+    assert pipeline.config.num_steps == num_steps and {key: config[key] for key in entries} == entries
+    assert pipeline.is_flow == (name == "sit.pth") and config.sample_size == 8 and config.num_layers == 2
+    steps = {} if num_steps else {"num_inference_steps": 2}
+    images = pipeline([0, 1], output_type="latent", generator=torch.Generator().manual_seed(0), **steps).images
+    assert images.shape == (2, 4, 8, 8) and images.isfinite().all()
+    script.main([str(tmp_path / "out"), str(tmp_path / "back.pth"), "--to", "sit" if name == "sit.pth" else "afm"])
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("weights", ["ema1", "ema2", "raw"])
+def test_official_jit(script, tmp_path, weights):
+    """One of the three sets of weights, without the prefix and the computed rotations; and back."""
+    states = {name: {f"net.{key}": value + i for key, value in jit_state().items()} for i, name in enumerate("abc")}
+    content = dict(zip(("model", "model_ema1", "model_ema2"), states.values()))
+    content["model"]["net.feat_rope.freqs_cos"] = content["model_ema1"]["net.feat_rope.freqs_sin"] = torch.zeros(2)
+    torch.save(content | {"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "checkpoint-last.pth")
+    script.main([str(tmp_path / "checkpoint-last.pth"), str(tmp_path / "out"), *JIT, "--weights", weights])
+    pipeline = AdversarialFlowPipeline.from_pretrained(tmp_path / "out")
+    config = pipeline.transformer.config
+    assert isinstance(pipeline.transformer, JiTTransformer2DModel) and pipeline.is_flow and pipeline.vae is None
+    assert (config.num_attention_heads, config.in_context_length, config.num_classes) == (2, 3, 5)
+    expected = content[{"raw": "model"}.get(weights, f"model_{weights}")]
+    script.main([str(tmp_path / "out"), str(tmp_path / "back.pth"), "--to", "jit"])
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert set(back) == {"model", "model_ema1", "model_ema2"}
+    for key, value in back["model"].items():
+        assert torch.equal(value, expected[key]), key
+    assert set(expected) - set(back["model"]) <= {"net.feat_rope.freqs_cos", "net.feat_rope.freqs_sin"}
+
+
+def test_released_jit_without_prefix_and_its_discriminator(script, tmp_path):
+    torch.save(jit_state(), tmp_path / "ema.pth")
+    torch.save(jit_state(discriminator=True), tmp_path / "dis.pth")
+    script.main([str(tmp_path), str(tmp_path / "out"), *JIT])
+    assert isinstance(AdversarialFlowPipeline.from_pretrained(tmp_path / "out").transformer, JiTTransformer2DModel)
+    assert JiTDiscriminator.from_pretrained(tmp_path / "out" / "discriminator").config.in_context_start == 1
+
+
+@pytest.mark.parametrize("sit", [False, True])
+def test_training_folders(script, tmp_path, sit):
+    """gen, ema and dis of the released training code: the average, or --raw; D of a SiT is told by its generator."""
+    models = tmp_path / "states" / "0000000100" / "models"
+    models.mkdir(parents=True)
+    shape = {"times": 1, "outputs": 8} if sit else {}
+    for i, name in enumerate(("gen", "ema")):
+        torch.save({key: value + i for key, value in dit_state(**shape).items()}, models / f"{name}.pth")
+    torch.save(dit_state(head="dis_embed", times=int(sit)), models / "dis.pth")
+    for flags, i in (((), 1), (("--raw",), 0)):
+        out = tmp_path / f"out{i}"
+        script.main([str(models.parent), str(out), *HEADS, "--vae", "none", *flags])
+        transformer = AdversarialFlowPipeline.from_pretrained(out).transformer
+        expected = dit_state(**shape)["x_embedder.proj.weight"] + i
+        assert torch.equal(transformer.patch_embed.weight, expected)
+        discriminator = AdversarialFlowDiscriminator.from_pretrained(out / "discriminator")
+        assert discriminator.config.sit_convention == sit
+        assert discriminator.config.norm_type == ("rms_norm" if sit else "layer_norm")
+        assert discriminator.config.time_conditioning == ("source" if sit else "none")
+
+
+def test_classifiers_and_discriminators_alone(script, tmp_path):
+    for head, cls in (("cls_embed", AdversarialFlowClassifier), ("dis_embed", AdversarialFlowDiscriminator)):
+        state = dit_state(head=head, times=1)
+        torch.save(state, tmp_path / f"{head}.pth")
+        script.main([str(tmp_path / f"{head}.pth"), str(tmp_path / head), *HEADS])
+        model = cls.from_pretrained(tmp_path / head)
+        back = to_plain_names(model)
+        assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+        script.main([str(tmp_path / head), str(tmp_path / f"{head}-back.pth"), "--to", "afm"])
+    x = torch.randn(2, 4, 8, 8)
+    logits = AdversarialFlowClassifier.from_pretrained(tmp_path / "cls_embed")(x, 0.3).logits
+    assert logits.shape == (2, 5)
+
+
+def test_vae(script, tmp_path):
+    """A folder is copied and checked; a Hub id is kept as a reference, by default that of the released models."""
+    torch.save(dit_state(), tmp_path / "one.pth")
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "down_block_types": ("DownEncoderBlock2D",) * 2}
+    sizes |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4}
+    for name, change in (("vae", {}), ("channels", {"latent_channels": 3}), ("scaling", {"scaling_factor": 1.0})):
+        AutoencoderKL(**sizes | {"scaling_factor": 0.18215} | change).save_pretrained(tmp_path / name)
+    file, common = str(tmp_path / "one.pth"), HEADS
+    script.main([file, str(tmp_path / "out"), *common, "--vae", str(tmp_path / "vae")])
+    pipeline = AdversarialFlowPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.vae is not None and pipeline([1]).images[0].size == (16, 16)
+    script.main([file, str(tmp_path / "referred"), *common])
+    text = (tmp_path / "referred" / "model_index.json").read_text()
+    assert '"vae_name_or_path": "stabilityai/sd-vae-ft-mse"' in text
+    again = AdversarialFlowPipeline.from_pretrained(tmp_path / "referred", vae=pipeline.vae)  # no network needed
+    assert again.vae is pipeline.vae
+    for name, message in (("channels", "has 3 latent channels, the model 4"), ("scaling", "scales latents by 1.0")):
+        assert_fails(message, run(script), file, tmp_path / "x", *common, "--vae", tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    assert_fails("no AutoencoderKL", run(script), file, tmp_path / "x", *common, "--vae", tmp_path / "empty")
+
+
+def run(script):
+    return lambda *flags: script.main([str(flag) for flag in flags])
+
+
+def test_bad_input(script, tmp_path):
+    state, out = dit_state(), tmp_path / "out"
+
+    def fails(message, content, *flags, name="x.pth"):
+        if content is not None:
+            torch.save(content, tmp_path / name)
+        assert_fails(message, run(script), tmp_path / name, out, *flags)
+        assert not out.exists() and not Path(f"{out}.partial").exists()
+
+    fails("there is no such file", None, name="nothing.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    fails("refuses it|can't be read", None, name="text.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"run": print}))
+    fails("refuses it", None, name="pickle.pth")
+    fails("not a state dict", {"step": 3})
+    fails("not a state dict", [1, 2])
+    fails("refuses it", {"model": nn.Linear(2, 2)})
+    fails("neither a DiT, a SiT nor a JiT", {"weight": torch.zeros(2)})
+    fails("heads of width 32 is not known: pass --num_attention_heads", state)
+    fails("pass --num_steps .* or --repeats", dit_state(times=1), *HEADS)
+    fails("pass --in_context_start", jit_state())
+    missing = {key: value for key, value in state.items() if "blocks.1.attn.qkv" not in key}
+    fails("missing weights: blocks.1.attn.qkv.bias, blocks.1.attn.qkv.weight", missing, *HEADS)
+    fails("a weight is missing .'pos_embed'", {k: v for k, v in state.items() if k != "pos_embed"}, *HEADS)
+    unknown = state | {f"extra.{i}": torch.zeros(1) for i in range(12)}
+    fails("extra.9 and 2 more", unknown, *HEADS)
+    fails("unknown weights: t_embedder", dit_state() | {"t_embedder.mlp.0.bias": torch.zeros(32)}, *HEADS)
+    fails(
+        r"wrong shape: blocks.0.attn.proj.bias \(3,\), expected \(32,\)",
+        state | {"blocks.0.attn.proj.bias": torch.zeros(3)},
+        *HEADS,
+    )
+    fails("--weights ema1: .* holds no choice", state, "--weights", "ema1")
+    fails("--raw is for a training's folder", state, "--raw")
+    fails("--num_steps must be at least 1, not 0", state, "--num_steps", 0)
+    (tmp_path / "folder").mkdir()
+    fails("there is no ema.pth", None, name="folder")
+    fails("no network of a known class", None, "--to", "afm", name="folder")
+    torch.save(state, tmp_path / "good.pth")
+    out.mkdir()
+    assert_fails("exists: choose another output", run(script), tmp_path / "good.pth", out, *HEADS)
+    script.main([str(tmp_path / "good.pth"), str(tmp_path / "afm"), *HEADS, "--vae", "none"])
+    assert_fails("--to jit: .* of the kind 'afm'", run(script), tmp_path / "afm", tmp_path / "y.pth", "--to", "jit")
+    assert not (tmp_path / "y.pth").exists()
+
+
+RELEASED = [  # file, depth, width, times, outputs, steps, repeats
+    ("b2_1nfe_guided_FID3.05.pth", 12, 768, 0, 4, 1, 1),
+    ("b2_1nfe_noguide_FID6.07.pth", 12, 768, 0, 4, 1, 1),
+    ("m2_1nfe_guided_FID2.82.pth", 16, 1024, 0, 4, 1, 1),
+    ("m2_1nfe_noguide_FID5.21.pth", 16, 1024, 0, 4, 1, 1),
+    ("l2_1nfe_guided_FID2.63.pth", 24, 1024, 0, 4, 1, 1),
+    ("l2_1nfe_noguide_FID4.36.pth", 24, 1024, 0, 4, 1, 1),
+    ("xl2_1nfe_guided_FID2.38.pth", 28, 1152, 0, 4, 1, 1),
+    ("xl2_1nfe_noguide_FID3.98.pth", 28, 1152, 0, 4, 1, 1),
+    ("xl2_2nfe_guided_FID2.11.pth", 28, 1152, 1, 4, 2, 1),
+    ("xl2_2nfe_noguide_FID2.36.pth", 28, 1152, 1, 4, 2, 1),
+    ("xl2_4nfe_guided_FID2.03.pth", 28, 1152, 1, 4, 4, 1),
+    ("xl2_56layer_1nfe_guided_FID2.08.pth", 28, 1152, 1, 4, 1, 2),
+    ("xl2_112layer_1nfe_guided_FID1.94.pth", 28, 1152, 1, 4, 1, 4),
+    ("sit_xl2_cafm.pth", 28, 1152, 1, 8, None, 1),
+    ("SiT-XL-2-256.pt", 28, 1152, 1, 8, None, 1),
+]
+COUNTS = {(12, 0): 129_711_376, (16, 0): 305_654_800, (24, 0): 456_772_624, (28, 0): 673_485_712, (28, 1): 675_110_032}
+
+
+@pytest.mark.parametrize("name,depth,width,times,outputs,steps,repeats", RELEASED, ids=[row[0] for row in RELEASED])
+def test_released_files_at_full_size(name, depth, width, times, outputs, steps, repeats):
+    """By their names and the shapes of their weights, on `meta`: config, steps and the published parameter counts."""
+    with torch.device("meta"):
+        cls = AdversarialFlowTransformer2DModel
+        sizes = {"num_layers": depth, "num_attention_heads": 16 if width > 768 else 12}
+        sizes["attention_head_dim"] = width // sizes["num_attention_heads"]
+        if outputs == 8:
+            sizes |= {"time_conditioning": "source", "prediction_type": "velocity", "time_scale": 1.0}
+            sizes |= {"sit_convention": True, "use_null_class": True}
+        elif times:
+            sizes |= {"repeats": repeats} if repeats > 1 else {"time_conditioning": "source"}
+        state = to_plain_names(cls(**sizes))
+    found, config, found_steps = infer_config(state, known_hints(name), name)
+    with torch.device("meta"):
+        model = found(**config)
+    assert found is cls and found_steps == steps and config.get("repeats", 1) == repeats
+    expected = 675_129_632 if outputs == 8 else COUNTS[depth, times]
+    assert model.num_parameters() == expected == sum(value.numel() for value in state.values())
+    assert {k: v.shape for k, v in to_plain_names(model).items()} == {k: v.shape for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    "name,model,count",
+    [
+        ("jit_h16_cafm.pth", {"width": 1280, "depth": 32, "heads": 16, "bottleneck": 256, "start": 10}, 952_842_048),
+        ("checkpoint-last.pth", {"width": 768, "depth": 12, "heads": 12, "bottleneck": 128, "start": 4}, 131_320_320),
+    ],
+)
+def test_jit_files_at_full_size(name, model, count):
+    with torch.device("meta"):
+        sizes = {"num_layers": model["depth"], "num_attention_heads": model["heads"]}
+        sizes |= {"attention_head_dim": model["width"] // model["heads"], "bottleneck_dim": model["bottleneck"]}
+        state = to_plain_names(JiTTransformer2DModel(**sizes, in_context_start=model["start"]))
+    cls, config, steps = infer_config(state, known_hints(name), name)
+    assert cls is JiTTransformer2DModel and steps is None and config["in_context_start"] == model["start"]
+    assert config["dropout"] == (0.2 if model["width"] == 1280 else 0.0)
+    with torch.device("meta"):
+        assert cls(**config).num_parameters() == count
+
+
+def test_every_weight_has_a_name():
+    """Of each network, in both directions."""
+    with torch.device("meta"):
+        models = [
+            AdversarialFlowTransformer2DModel(num_layers=1, time_conditioning="source_target"),
+            AdversarialFlowDiscriminator(num_layers=1, time_conditioning="source"),
+            AdversarialFlowClassifier(num_layers=1),
+            JiTTransformer2DModel(num_layers=5),
+            JiTDiscriminator(num_layers=5),
+        ]
+    assert {type(model) for model in models} == set(NAMES)
+    for model in models:
+        plain = to_plain_names(model)
+        assert None not in plain and len(plain) == len(model.state_dict())

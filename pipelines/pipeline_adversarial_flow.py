@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,15 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         r"""
         Saves the pipeline with the two files of code that it needs, so that
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads it where this package is not.
@@ -88,11 +97,11 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         Args:
             save_directory (`str`): A folder.
             push_to_hub (`bool`, defaults to `False`): Upload the folder afterwards.
-            kwargs: As for [`~DiffusionPipeline.save_pretrained`].
+            safe_serialization, variant, max_shard_size, kwargs: As for [`~DiffusionPipeline.save_pretrained`].
         """
         hub = {key: kwargs.pop(key) for key in ("repo_id", "token", "private") if key in kwargs}
         commit = {key: kwargs.pop(key) for key in ("commit_message", "create_pr") if key in kwargs}
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
         index["_class_name"] = [_copy_code(type(self), folder), type(self).__name__]
@@ -112,11 +121,19 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         its own code and never a folder's, which is not even downloaded, so that no trust is needed.
         """
         name = pretrained_model_name_or_path
+        if "vae" in kwargs and kwargs["vae"] is None:
+            kwargs.setdefault("vae_name_or_path", None)  # no VAE was asked for, also none that is referred to
         if _is_installed(cls) and not os.path.isdir(name):
             options = ("cache_dir", "force_download", "local_files_only", "token", "revision")
             hub = {key: kwargs[key] for key in options if key in kwargs}
-            patterns = ["*.json", "*.safetensors"]
-            pretrained_model_name_or_path = snapshot_download(str(name), allow_patterns=patterns, **hub)
+            ending = "bin" if kwargs.get("use_safetensors") is False else "safetensors"
+            weights = f"*.{kwargs['variant']}*.{ending}" if kwargs.get("variant") else f"*.{ending}"
+            others = [] if kwargs.get("variant") else [f"*/*.*.{ending}"]  # weights of variants
+            folders = ("transformer", "scheduler", "vae")
+            patterns = [cls.config_name] + [f"{folder}/{end}" for folder in folders for end in ("*.json", weights)]
+            pretrained_model_name_or_path = snapshot_download(
+                str(name), allow_patterns=patterns, ignore_patterns=others, **hub
+            )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -128,9 +145,10 @@ class AdversarialFlowPipeline(DiffusionPipeline):
         values = config[0] if isinstance(config, tuple) else config
         if isinstance(values.get("_class_name"), list):
             values["_class_name"] = values["_class_name"][1]
-        module, class_name = values.get("transformer") or (None, None)
-        if module is not None:
-            values["transformer"] = [f"adversarial_flow.models.{module.rsplit('.', 1)[-1]}", class_name]
+        module, class_name = values.get("transformer") or ("", None)
+        own = f"adversarial_flow.models.{module.rsplit('.', 1)[-1]}"
+        if own in sys.modules:
+            values["transformer"] = [own, class_name]
         return config
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
@@ -349,8 +367,8 @@ class AdversarialFlowPipeline(DiffusionPipeline):
 
 
 def _is_installed(cls: type) -> bool:
-    """Whether the class is the package's, and not that of a copy that was loaded with `trust_remote_code`."""
-    return cls.__module__.startswith("adversarial_flow.")
+    """Whether the class is the package's or derived from it, and not one that was loaded with `trust_remote_code`."""
+    return any(base.__module__.startswith("adversarial_flow.") for base in cls.__mro__)
 
 
 def _copy_code(cls: type, folder: Path) -> str:

@@ -11,26 +11,29 @@ A discriminator or a classifier becomes a model's folder.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, ModelMixin
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from adversarial_flow import (
     AdversarialFlowPipeline,
     AdversarialFlowTransformer2DModel,
     JiTTransformer2DModel,
 )
+from adversarial_flow.utils.checkpointing import appearing_at_once
 from adversarial_flow.utils.conversion import (
     JIT_PREFIX,
     Hints,
+    check_plain,
     known_hints,
     make_converted,
     read_state,
     to_plain_names,
 )
 from adversarial_flow.utils.errors import InputError, run_script
+from adversarial_flow.utils.latents import load_vae
 from adversarial_flow.utils.networks import load_any_network
 
 
@@ -50,6 +53,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"The VAE of a model of latents: a folder, which is copied, or a Hub id, which is loaded with the "
         f"pipeline (default {RELEASED_VAE}); none: leave it out.",
     )
+    parser.add_argument(
+        "--sit",
+        action=argparse.BooleanOptionalAction,
+        help="Whether it is a SiT or a SiT's discriminator, where no released file's name says so.",
+    )
+    parser.add_argument("--prediction_type", choices=("sample", "velocity"), help="What AFM's generator predicts.")
     parser.add_argument("--num_steps", type=int, help="Steps that the generator was trained for.")
     parser.add_argument("--repeats", type=int, help="How often the blocks of a deep one-step model are applied.")
     parser.add_argument("--num_attention_heads", type=int, help="Of sizes that were not published.")
@@ -58,6 +67,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_steps", "repeats", "num_attention_heads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    flags = ("vae", "weights", *Hints.__dataclass_fields__)
+    given = [f"--{name}" for name in flags if getattr(args, name) is not None] + ["--raw"] * args.raw
+    if args.to is not None and given:
+        raise InputError(f"{', '.join(given)}: not for --to, which writes what the folder holds.")
     if args.output.exists():
         raise InputError(f"{args.output} exists: choose another output, or remove it.")
     if not args.checkpoint.exists():
@@ -67,12 +80,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_hints(args: argparse.Namespace) -> Hints:
     """What flags say, and else the name of a released file."""
-    known = known_hints(args.checkpoint.name)
-    return Hints(*(getattr(known, name) if value is None else value for name, value in flags_of(args).items()))
-
-
-def flags_of(args: argparse.Namespace) -> dict:
-    return {name: getattr(args, name) for name in Hints.__dataclass_fields__}
+    known = vars(known_hints(args.checkpoint.name))
+    given = {name: getattr(args, name) for name in known if getattr(args, name) is not None}
+    return Hints(**known | given)
 
 
 def find_files(args: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -90,19 +100,23 @@ def find_files(args: argparse.Namespace) -> tuple[Path, Path | None]:
     return generator, discriminator if discriminator.exists() else None
 
 
-def load_vae(name: str | None, transformer: ModelMixin) -> tuple[AutoencoderKL | None, str | None]:
+def find_vae(name: str | None, transformer: ModelMixin) -> tuple[AutoencoderKL | None, str | None]:
     """The VAE of a model of latents and a reference to it, at most one of them; none for a model of pixels."""
     channels = transformer.config.in_channels
     latents = isinstance(transformer, AdversarialFlowTransformer2DModel) and channels not in (1, 3)
-    if name == "none" or (name is None and not latents):
+    if not latents and name not in (None, "none"):
+        raise InputError(f"--vae {name}: this is a model of pixels with {channels} channels; leave --vae out.")
+    if not latents or name == "none":
         return None, None
     if name is None or not Path(name).is_dir():
+        try:
+            validate_repo_id(name or RELEASED_VAE)
+            if Path(name or RELEASED_VAE).exists():
+                raise HFValidationError("it is a file")
+        except HFValidationError as error:
+            raise InputError(f"--vae {name}: neither a folder with an AutoencoderKL nor a Hub id.") from error
         return None, name or RELEASED_VAE
-    try:
-        folder = Path(name) / "vae" if (Path(name) / "vae").is_dir() else Path(name)
-        vae = AutoencoderKL.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--vae {name}: no AutoencoderKL could be loaded ({str(error).splitlines()[0]}).") from error
+    vae = load_vae(name)
     if vae.config.latent_channels != channels:
         raise InputError(f"--vae {name} has {vae.config.latent_channels} latent channels, the model {channels}.")
     if vae.config.scaling_factor != RELEASED_SCALING:
@@ -126,7 +140,7 @@ def convert(args: argparse.Namespace) -> None:
     model, num_steps = make_converted(read_state(generator_file, args.weights), hints, str(generator_file))
     saved = [(model, ".")]
     if isinstance(model, (AdversarialFlowTransformer2DModel, JiTTransformer2DModel)):
-        vae, vae_name_or_path = load_vae(args.vae, model)
+        vae, vae_name_or_path = find_vae(args.vae, model)
         classes = model.config.num_classes
         pipeline = AdversarialFlowPipeline(
             transformer=model,
@@ -137,20 +151,15 @@ def convert(args: argparse.Namespace) -> None:
         )
         pipeline.register_to_config(vae_name_or_path=vae_name_or_path)  # not loaded now: that may need the network
         saved = [(pipeline, ".")]
+    elif args.vae is not None:
+        raise InputError(f"--vae {args.vae}: a {type(model).__name__} has no pipeline; leave it out.")
     if discriminator_file is not None:
-        sit = model.config.get("sit_convention", False)
-        discriminator, _ = make_converted(read_state(discriminator_file), hints, str(discriminator_file), sit)
+        hints.sit = bool(model.config.get("sit_convention"))
+        discriminator, _ = make_converted(read_state(discriminator_file), hints, str(discriminator_file))
         saved.append((discriminator, "discriminator"))
-    partial = args.output.with_name(f"{args.output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with appearing_at_once(args.output) as partial:
         for item, subfolder in saved:
             item.save_pretrained(partial / subfolder)
-        partial.rename(args.output)
-    except OSError as error:
-        raise InputError(f"{args.output}: can't be written ({error}).") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"{args.output}: {type(model).__name__}, {model.num_parameters():,} parameters.")
     if saved[0][0] is not model:
         print(
@@ -167,18 +176,15 @@ def convert_back(args: argparse.Namespace) -> None:
     kind = "jit" if type(model).__name__.startswith("JiT") else "sit" if sit else "afm"
     if kind != args.to:
         raise InputError(f"--to {args.to}: {args.checkpoint} holds a network of the kind {kind!r}.")
+    check_plain(model, str(args.checkpoint))
     state = to_plain_names(model)
+    count = len(state)
     if isinstance(model, JiTTransformer2DModel):  # what the official code reads: three copies
         state = {f"{JIT_PREFIX}{name}": value for name, value in state.items()}
         state = {name: state for name in ("model", "model_ema1", "model_ema2")}
-    partial = args.output.with_name(f"{args.output.name}.partial")
-    try:
+    with appearing_at_once(args.output) as partial:
         torch.save(state, partial)
-        partial.rename(args.output)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{args.output}: can't be written ({error}).") from error
-    print(f"{args.output}: {len(to_plain_names(model))} weights of a {type(model).__name__}.")
+    print(f"{args.output}: {count} weights of a {type(model).__name__}.")
 
 
 def main(argv: list[str] | None = None) -> None:

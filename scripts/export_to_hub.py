@@ -13,8 +13,11 @@ import re
 import shutil
 from pathlib import Path
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from adversarial_flow import AdversarialFlowPipeline
-from adversarial_flow.utils.errors import InputError, run_script
+from adversarial_flow.utils.checkpointing import appearing_at_once
+from adversarial_flow.utils.errors import InputError, first_line, run_script
 from adversarial_flow.utils.hub import make_card, upload
 from adversarial_flow.utils.results import sample_grid
 
@@ -34,6 +37,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.pipeline_dir / AdversarialFlowPipeline.config_name).is_file():
         raise InputError(f"{args.pipeline_dir}: this is no pipeline's folder (there is no model_index.json).")
+    if args.push_to_hub is not None:
+        try:
+            validate_repo_id(args.push_to_hub)
+            if "/" not in args.push_to_hub:
+                raise HFValidationError("it has no namespace")
+        except HFValidationError as error:
+            raise InputError(f"--push_to_hub {args.push_to_hub}: this is no NAMESPACE/NAME.") from error
     if args.hub_revision is not None and args.hub_create_pr:
         raise InputError(
             "--hub_revision and --hub_create_pr exclude each other: a pull request has a branch of its own."
@@ -47,8 +57,7 @@ def load_pipeline(folder: Path) -> AdversarialFlowPipeline:
     try:
         pipeline = AdversarialFlowPipeline.from_pretrained(folder)
     except Exception as error:  # a VAE that is only referred to may need the network
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder}: the pipeline can't be loaded ({reason}).") from error
+        raise InputError(f"{folder}: the pipeline can't be loaded ({first_line(error)}).") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -65,24 +74,21 @@ def export(pipeline: AdversarialFlowPipeline, source: Path, target: Path, title:
         sample_grid(pipeline, seed=0).save(target / "samples.png")
     card = target / "README.md"
     if card.exists():
-        text = re.sub(r'(from_pretrained\(")[^"]*(")', rf"\g<1>{title}\g<2>", card.read_text())
+        text = card.read_text(encoding="utf-8", errors="replace")
+        old = re.search(r"^# (.+)$", text, re.MULTILINE)
+        if old is not None:  # the name under which it was trained
+            text = text.replace(f'from_pretrained("{old[1]}"', f'from_pretrained("{title}"')
+            text = text.replace(f"# {old[1]}\n", f"# {title}\n", 1)
     else:
         text = make_card(target, title, pipeline, "An adversarial flow model.", ("adversarial-flow-models",))
-    card.write_text(text)
+    card.write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     pipeline = load_pipeline(args.pipeline_dir)
-    partial = args.output_dir.with_name(f"{args.output_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with appearing_at_once(args.output_dir) as partial:
         export(pipeline, args.pipeline_dir, partial, args.push_to_hub or args.output_dir.name)
-        partial.rename(args.output_dir)
-    except OSError as error:
-        raise InputError(f"{args.output_dir}: can't be written ({error}).") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     folder = str(args.output_dir)
     print(f"{folder} loads by DiffusionPipeline.from_pretrained({folder!r}, trust_remote_code=True).")
     if args.push_to_hub:

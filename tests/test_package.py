@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import adversarial_flow
 def test_public_names():
     for name in (
         "AdversarialFlowTransformer2DModel AdversarialFlowDiscriminator AdversarialFlowPipeline DirectionalDerivative "
-        "JiTTransformer2DModel JiTDiscriminator"
+        "JiTTransformer2DModel JiTDiscriminator AdversarialFlowClassifier"
     ).split():
         assert name in adversarial_flow.__all__ and hasattr(adversarial_flow, name)
 
@@ -31,11 +32,16 @@ def test_setup_lists_every_package_folder():
 def test_networks_of_the_hub_import_torch_and_diffusers_only():
     for path in (*ROOT.glob("models/transformer_*.py"), *ROOT.glob("pipelines/pipeline_*.py")):
         imported = re.findall(r"^(?:from|import) ([\w]+)", path.read_text(), flags=re.MULTILINE)
-        assert set(imported) <= {"torch", "diffusers", "collections", "contextlib", "math", "typing"}, path
+        assert set(imported) <= {"torch", "diffusers", "huggingface_hub", *sys.stdlib_module_names}, path
 
 
 def test_scripts_and_tests_import_the_package_only():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("tests/**/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("scripts/*.py"),
+    ]:
         assert not re.search(r"^\s*(?:from|import) (?:models|utils|pipelines)\b", path.read_text(), re.MULTILINE), path
 
 

@@ -6,18 +6,20 @@ the RNG of every rank), each network in diffusers' format in a folder of its own
 number of updates, the networks' configs and the size of every file, by which a truncated checkpoint is recognised.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from adversarial_flow.utils.errors import InputError
+from adversarial_flow.utils.errors import InputError, first_line
 
 
 logger = logging.getLogger(__name__)
@@ -253,3 +255,23 @@ def _existing(output_dir: str | Path, names: tuple[str, ...]) -> list[str]:
 def holds_run(output_dir: str | Path) -> bool:
     """Whether a training script has written to this folder (the log of its metrics is its first file)."""
     return (Path(output_dir) / METRICS_FILE).exists()
+
+
+@contextlib.contextmanager
+def appearing_at_once(output: Path):
+    """
+    A path to write a new file or folder to, which gets the name `output` when all of it is written.
+
+    Raises:
+        InputError: if something can't be written; nothing is left then.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+            partial = Path(folder) / output.name
+            yield partial
+            partial.rename(output)
+    except InputError:
+        raise
+    except Exception as error:  # a full disk surfaces as OSError, RuntimeError or SafetensorError
+        raise InputError(f"{output}: can't be written ({first_line(error)}).") from error

@@ -1,8 +1,8 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
-"""Plain checkpoints of DiT, SiT, JiT and the released AFM and CAFM models to this project's networks, and back.
+"""Plain checkpoints of the released AFM and CAFM models, SiT and JiT to this project's networks, and back.
 
-A network's sizes are read off the shapes of its weights. What shapes can't tell (heads, steps, repetitions) comes from
-the released file's name or from flags.
+A network's sizes are read off the shapes of its weights. What shapes can't tell (heads, steps, what is predicted)
+comes from the released file's name or from flags.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from adversarial_flow.models import (
     AdversarialFlowClassifier,
@@ -19,7 +20,7 @@ from adversarial_flow.models import (
     JiTDiscriminator,
     JiTTransformer2DModel,
 )
-from adversarial_flow.utils.errors import InputError
+from adversarial_flow.utils.errors import InputError, first_line, listed
 
 
 State = dict[str, torch.Tensor]
@@ -40,11 +41,8 @@ DIT_NAMES = {
     "blocks.*.mlp.fc1": "transformer_blocks.*.ff.linear_1",
     "blocks.*.mlp.fc2": "transformer_blocks.*.ff.linear_2",
     "blocks.*.adaLN_modulation.1": "transformer_blocks.*.modulation",
-    "final_layer.adaLN_modulation.1": "modulation_out",
-    "final_layer.linear": "proj_out",
 }
-DISCRIMINATOR_NAMES = DIT_NAMES | {"dis_embed": "cls_token", "final_layer.1": "proj_out"}
-CLASSIFIER_NAMES = DIT_NAMES | {"cls_embed": "cls_token", "final_layer.1": "proj_out"}
+FINAL_LAYER = {"final_layer.adaLN_modulation.1": "modulation_out", "final_layer.linear": "proj_out"}
 JIT_NAMES = {
     "pos_embed": "pos_embed",
     "in_context_posemb": "in_context_pos_embed",
@@ -62,17 +60,13 @@ JIT_NAMES = {
     "blocks.*.mlp.w12": "transformer_blocks.*.ff.linear_in",
     "blocks.*.mlp.w3": "transformer_blocks.*.ff.linear_out",
     "blocks.*.adaLN_modulation.1": "transformer_blocks.*.modulation",
-    "final_layer.norm_final": "norm_out",
-    "final_layer.adaLN_modulation.1": "modulation_out",
-    "final_layer.linear": "proj_out",
 }
-JIT_DISCRIMINATOR_NAMES = JIT_NAMES | {"proj_out.1": "proj_out"}
 NAMES = {
-    AdversarialFlowTransformer2DModel: DIT_NAMES,
-    AdversarialFlowDiscriminator: DISCRIMINATOR_NAMES,
-    AdversarialFlowClassifier: CLASSIFIER_NAMES,
-    JiTTransformer2DModel: JIT_NAMES,
-    JiTDiscriminator: JIT_DISCRIMINATOR_NAMES,
+    AdversarialFlowTransformer2DModel: DIT_NAMES | FINAL_LAYER,
+    AdversarialFlowDiscriminator: DIT_NAMES | {"dis_embed": "cls_token", "final_layer.1": "proj_out"},
+    AdversarialFlowClassifier: DIT_NAMES | {"cls_embed": "cls_token", "final_layer.1": "proj_out"},
+    JiTTransformer2DModel: JIT_NAMES | FINAL_LAYER | {"final_layer.norm_final": "norm_out"},
+    JiTDiscriminator: JIT_NAMES | {"proj_out.1": "proj_out"},
 }
 # Buffers that official JiT files hold: functions of the sizes, which the networks here compute.
 COMPUTED = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
@@ -110,21 +104,27 @@ def to_project_names(state: State, cls: type, source: str) -> State:
     return result
 
 
+def plain_names(cls: type) -> dict[str, str]:
+    """The table of names of a class from ours to theirs."""
+    return {ours: theirs for theirs, ours in NAMES[cls].items()}
+
+
 def to_plain_names(model: torch.nn.Module) -> State:
-    """The weights of a network by the names of the plain architecture."""
-    inverse = {
-        ours: theirs for theirs, ours in NAMES[type(model)].items()
-    }  # of two names for a head the class's own comes last
-    state = {rename(name, inverse): value for name, value in model.state_dict().items()}
+    """
+    The weights of a network by the names of the plain architecture.
+
+    Raises:
+        InputError: if it has weights that the plain architecture does not have.
+    """
+    names = {name: rename(name, plain_names(type(model))) for name in model.state_dict()}
+    own = [name for name, other in names.items() if other is None]
+    if own:
+        raise InputError(f"the plain architecture has no weights like these: {listed(own)}.")
+    state = {names[name]: value for name, value in model.state_dict().items()}
     for name in ("dis_embed", "cls_embed"):
         if name in state:
             state[name] = state[name].flatten()
     return state
-
-
-def listed(names: list[str]) -> str:
-    """Up to ten names, then a count."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 # ---------------------------------------------------------------------------------------------------------- what it is
@@ -135,22 +135,24 @@ class Hints:
     """What the shapes of weights can't tell; `None` is not known."""
 
     num_attention_heads: int | None = None
-    num_steps: int | str | None = None  # a number or "any"
+    sit: bool | None = None  # a SiT, of twice the output channels; or its discriminator
+    num_steps: int | None = None
     repeats: int | None = None
+    prediction_type: str | None = None
     in_context_start: int | None = None
 
 
 def known_hints(file_name: str) -> Hints:
     """What the name of a released file says."""
-    sizes = {"b2": 12, "m2": 16, "l2": 16, "xl2": 16}
+    heads = {"b2": 12, "m2": 16, "l2": 16, "xl2": 16}
     stem = Path(file_name).stem
     size = stem.split("_")[0]
     for steps in (1, 2, 4):
-        if size in sizes and f"_{steps}nfe_" in f"{stem}_":
+        if size in heads and f"_{steps}nfe_" in f"{stem}_":
             repeats = 2 if "_56layer_" in stem else 4 if "_112layer_" in stem else 1
-            return Hints(num_attention_heads=sizes[size], num_steps=steps, repeats=repeats)
+            return Hints(heads[size], False, steps, repeats, "sample" if steps == 1 else "velocity")
     if stem in ("sit_xl2_cafm", "SiT-XL-2-256"):
-        return Hints(num_attention_heads=16)
+        return Hints(num_attention_heads=16, sit=True)
     return Hints()
 
 
@@ -175,25 +177,20 @@ def network_class(state: State, source: str) -> type:
     )
 
 
-def infer_config(state: State, hints: Hints, source: str, sit: bool | None = None) -> tuple[type, dict, int | None]:
+def infer_config(state: State, hints: Hints, source: str) -> tuple[type, dict, int | None]:
     """
     The class, the config and the pipeline's number of steps (`None` for any number and for velocities of a flow) of a
     plain checkpoint.
 
-    Args:
-        sit (`bool`, *optional*): Of a discriminator: whether it is one of SiT; by default its label rows tell.
-
     Raises:
-        InputError: if the shapes and the hints do not tell, naming the flag that would.
+        InputError: if the shapes and the hints do not tell, naming the flag that would, or contradict each other.
     """
     cls = network_class(state, source)
     try:
         if issubclass(cls, (JiTTransformer2DModel, JiTDiscriminator)):
             return cls, _jit_config(state, hints, source), None
-        return cls, *_dit_config(cls, state, hints, source, sit)
-    except (KeyError, IndexError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+        return cls, *_dit_config(cls, state, hints, source)
+    except (KeyError, IndexError) as error:
         raise InputError(f"{source}: the architecture can't be inferred, a weight is missing ({error}).") from error
 
 
@@ -211,54 +208,94 @@ def _sizes(state: State, patch_weight: str, width: int) -> dict:
 
 def _heads(hints: Hints, width: int, source: str) -> int:
     heads = hints.num_attention_heads or WIDTHS.get(width)
-    if heads is None or width % heads != 0:
+    if heads is None:
         raise InputError(f"{source}: the number of heads of width {width} is not known: pass --num_attention_heads.")
+    if width % heads != 0:
+        raise InputError(f"{source}: --num_attention_heads {heads} does not divide the width {width}.")
     return heads
 
 
-def _dit_config(cls: type, state: State, hints: Hints, source: str, sit: bool | None) -> tuple[dict, int | None]:
+def ratio_of(inner: int, width: int, cut: float = 1.0) -> float:
+    """The `mlp_ratio` with which a network gets this inner width, which is int(int(width * ratio) * cut)."""
+    if int(width * 4 * cut) == inner:
+        return 4.0
+    ratio = inner / cut / width
+    return ratio if int(int(width * ratio) * cut) == inner else (math.ceil(inner / cut) + 0.25) / width
+
+
+def _dit_config(cls: type, state: State, hints: Hints, source: str) -> tuple[dict, int | None]:
     width = state["x_embedder.proj.weight"].shape[0]
     config = _sizes(state, "x_embedder.proj.weight", width)
     heads = _heads(hints, width, source)
     config.update(num_attention_heads=heads, attention_head_dim=width // heads)
-    config["mlp_ratio"] = state["blocks.0.mlp.fc1.weight"].shape[0] / width
+    config["mlp_ratio"] = ratio_of(state["blocks.0.mlp.fc1.weight"].shape[0], width)
     if cls is AdversarialFlowClassifier:
         return config | {"num_labels": state["final_layer.1.weight"].shape[0]}, None
     rows = state["y_embedder.embedding_table.weight"].shape[0]
-    if cls is AdversarialFlowTransformer2DModel:
-        outputs = state["final_layer.linear.weight"].shape[0] // config["patch_size"] ** 2
-        sit = outputs == 2 * config["in_channels"]
-    elif sit is None:
-        sit = rows == 1001  # ImageNet's classes and the null class, which AFM's networks do not have
-    config.update(num_classes=rows - sit, use_null_class=bool(sit))
     timed, target = "t_embedder.mlp.0.weight" in state, "t_tgt_embedder.mlp.0.weight" in state
-    if sit:
-        if not timed:
-            raise InputError(f"{source}: a SiT without a time embedding (t_embedder.*).")
+    if _is_sit(cls, state, config, hints, source):
+        config.update(num_classes=rows - 1, use_null_class=True)
         config.update(time_conditioning="source", time_scale=1.0, sit_convention=True)
-        if cls is AdversarialFlowDiscriminator:
-            return config | {"norm_type": "rms_norm"}, None
-        return config | {"prediction_type": "velocity"}, None
+        own = {"norm_type": "rms_norm"} if cls is AdversarialFlowDiscriminator else {"prediction_type": "velocity"}
+        return config | own, None
+    config["num_classes"] = rows
     if cls is AdversarialFlowDiscriminator:
         return config | {"time_conditioning": "source" if timed else "none"}, None
-    if target:
-        return config | {"time_conditioning": "source_target", "prediction_type": "velocity"}, None
-    if not timed:
-        return config | {"time_conditioning": "none", "prediction_type": "sample"}, 1
-    if hints.repeats is not None and hints.repeats > 1:
-        return config | {"time_conditioning": "none", "prediction_type": "sample", "repeats": hints.repeats}, 1
-    if not isinstance(hints.num_steps, int) or hints.num_steps < 2:
+    if hints.prediction_type is None:
+        raise InputError(
+            f"{source}: its weights do not tell what it predicts: pass --prediction_type sample or velocity (released "
+            "models of one step predict the sample, others the velocity)."
+        )
+    config["prediction_type"] = hints.prediction_type
+    repeats = hints.repeats or 1
+    if repeats > 1 and (target or not timed or hints.num_steps not in (None, 1)):
+        raise InputError(f"{source}: --repeats {repeats} is for models of one step with one time embedding.")
+    if target or not timed:
+        if hints.num_steps is not None and (target or hints.num_steps > 1):
+            found = "two time embeddings is for any number of steps" if target else "no time embedding makes one step"
+            raise InputError(f"{source}: --num_steps {hints.num_steps}, but a generator with {found}.")
+        return config | {"time_conditioning": "source_target" if target else "none"}, None if target else 1
+    if repeats > 1:
+        return config | {"time_conditioning": "none", "repeats": repeats}, 1
+    if hints.num_steps is None or hints.num_steps < 2:
         raise InputError(
             f"{source}: a generator with one time embedding makes either a fixed number of steps or one step with "
             "repeated blocks, and its weights do not tell: pass --num_steps (2, 4, ...) or --repeats (2, 4)."
         )
-    return config | {"time_conditioning": "source", "prediction_type": "velocity"}, hints.num_steps
+    return config | {"time_conditioning": "source"}, hints.num_steps
+
+
+def _is_sit(cls: type, state: State, config: dict, hints: Hints, source: str) -> bool:
+    """Whether a network is a SiT or a SiT's discriminator; the shapes alone leave it open in two cases."""
+    timed = "t_embedder.mlp.0.weight" in state
+    possible = timed and "t_tgt_embedder.mlp.0.weight" not in state
+    if cls is AdversarialFlowTransformer2DModel:
+        outputs = state["final_layer.linear.weight"].shape[0] // config["patch_size"] ** 2
+        twice = outputs == 2 * config["in_channels"]
+        if twice and not hints.sit:
+            raise InputError(
+                f"{source}: twice as many output channels as input channels are those of a SiT (pass --sit), or of a "
+                "DiT with learned variances, which is no flow and can't be used."
+            )
+        possible = possible and twice
+    elif possible and hints.sit is None:
+        raise InputError(
+            f"{source}: a discriminator with a time embedding is a SiT's or one of AFM's: pass --sit or --no-sit."
+        )
+    if hints.sit and not possible:
+        raise InputError(f"{source}: --sit, but this network does not have the shapes of a SiT.")
+    return bool(hints.sit)
 
 
 def _jit_config(state: State, hints: Hints, source: str) -> dict:
     width = state["x_embedder.proj2.weight"].shape[0]
     config = _sizes(state, "x_embedder.proj1.weight", width)
     head_dim = state["blocks.0.attn.q_norm.weight"].shape[0]
+    if hints.num_attention_heads not in (None, width // head_dim):
+        raise InputError(
+            f"{source}: --num_attention_heads {hints.num_attention_heads}, but the norms of queries and keys say "
+            f"{width // head_dim}."
+        )
     start = hints.in_context_start
     if start is None:
         start = JIT_STARTS.get((config["num_layers"], width))
@@ -267,12 +304,10 @@ def _jit_config(state: State, hints: Hints, source: str) -> dict:
             f"{source}: a JiT of {config['num_layers']} blocks of width {width} is none of the published sizes: pass "
             "--in_context_start, the number of the block at which the in-context tokens join."
         )
-    inner = state["blocks.0.mlp.w3.weight"].shape[1]  # int(int(width * mlp_ratio) * 2 / 3)
-    ratio = 4.0 if int(width * 4 * 2 / 3) == inner else (math.ceil(1.5 * inner) + 0.25) / width
     return config | {
         "num_attention_heads": width // head_dim,
         "attention_head_dim": head_dim,
-        "mlp_ratio": ratio,
+        "mlp_ratio": ratio_of(state["blocks.0.mlp.w3.weight"].shape[1], width, cut=2 / 3),
         "bottleneck_dim": state["x_embedder.proj1.weight"].shape[0],
         "in_context_length": state["in_context_posemb"].shape[1],
         "in_context_start": start,
@@ -282,14 +317,14 @@ def _jit_config(state: State, hints: Hints, source: str) -> dict:
     }
 
 
-def make_converted(state: State, hints: Hints, source: str, sit: bool | None = None):
+def make_converted(state: State, hints: Hints, source: str) -> tuple[torch.nn.Module, int | None]:
     """
-    The network of a plain checkpoint, with its weights, and the pipeline's number of steps.
+    The network of a plain checkpoint, in float32 and with its weights, and the pipeline's number of steps.
 
     Raises:
         InputError: if weights are missing, unknown or of a wrong shape.
     """
-    cls, config, num_steps = infer_config(state, hints, source, sit)
+    cls, config, num_steps = infer_config(state, hints, source)
     renamed = to_project_names(state, cls, source)
     try:
         with torch.device("meta"):
@@ -298,7 +333,7 @@ def make_converted(state: State, hints: Hints, source: str, sit: bool | None = N
         raise InputError(f"{source}: {error}") from error
     expected = model.state_dict()
     missing = sorted(set(expected) - set(renamed))
-    inverse = {ours: theirs for theirs, ours in NAMES[cls].items()}
+    inverse = plain_names(cls)
     if missing:
         raise InputError(f"{source}: missing weights: {listed([rename(name, inverse) for name in missing])}.")
     extra = sorted(set(renamed) - set(expected))
@@ -324,7 +359,7 @@ JIT_PREFIX = "net."  # of every name in official JiT files
 def read_state(path: Path, weights: str | None = None) -> State:
     """
     The plain state dict of a file, which is never unpickled beyond tensors. Official JiT files hold three
-    (`weights`: raw, ema1, the default, or ema2); wrappers of one (`model`, `ema`, `state_dict`) are opened.
+    (`weights`: raw, ema1, the default, or ema2).
 
     Raises:
         InputError: if the file is no such thing.
@@ -332,8 +367,6 @@ def read_state(path: Path, weights: str | None = None) -> State:
     source = str(path)
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -341,13 +374,37 @@ def read_state(path: Path, weights: str | None = None) -> State:
         raise InputError(
             f"{source}: torch.load(weights_only=True) refuses it, as it holds more than tensors or is no checkpoint."
         ) from error
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{source}: can't be read as a checkpoint ({reason}).") from error
+    except Exception as error:  # as many kinds as there are ways to damage a file
+        raise InputError(f"{source}: can't be read as a checkpoint ({first_line(error)}).") from error
     if isinstance(content, dict) and "model_ema1" in content:
-        content = content[{None: "model_ema1", "ema1": "model_ema1", "ema2": "model_ema2", "raw": "model"}[weights]]
+        content = content.get({None: "model_ema1", "raw": "model"}.get(weights, f"model_{weights}"))
     elif weights is not None:
         raise InputError(f"--weights {weights}: {source} holds no choice of weights; leave it out.")
-    if not (isinstance(content, dict) and content and all(isinstance(v, torch.Tensor) for v in content.values())):
+    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    if not (named and content and all(isinstance(value, torch.Tensor) for value in content.values())):
         raise InputError(f"{source}: this is not a state dict (names and tensors).")
     return {name.removeprefix(JIT_PREFIX): value for name, value in content.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- back again
+
+
+def check_plain(model: torch.nn.Module, source: str) -> None:
+    """Raises an `InputError` if a plain checkpoint of this network would not be read back as the same network."""
+    given = {field: model.config.get(field) for field in ("num_attention_heads", "prediction_type", "repeats")}
+    fixed = model.config.get("time_conditioning") == "source"
+    hints = Hints(
+        **given,
+        sit=bool(model.config.get("sit_convention")),
+        num_steps=2 if fixed else None,
+        in_context_start=model.config.get("in_context_start"),
+    )
+    state = {name: value.to("meta") for name, value in to_plain_names(model).items()}
+    _, config, _ = infer_config(state, hints, source)
+    with torch.device("meta"):
+        again = type(model)(**config)
+    ignored = ("dropout",)  # of training
+    names = [name for name in again.config if not name.startswith("_") and name not in ignored]
+    lost = [f"{name} {model.config[name]!r}" for name in names if model.config[name] != again.config[name]]
+    if lost:
+        raise InputError(f"{source}: the plain format can't hold what this network is: {listed(lost)}.")

@@ -8,6 +8,7 @@ import gzip
 import io
 import logging
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 from adversarial_flow.utils.arguments import on_digits
-from adversarial_flow.utils.errors import InputError
+from adversarial_flow.utils.errors import InputError, first_line
 
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def _read_idx(folder: str, name: str) -> np.ndarray:
             raise ValueError("it does not begin as a file of bytes in this format does")
         shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise InputError(f"--train_data_dir {folder}: {name} can't be read ({error}).") from error
 
 
@@ -262,8 +263,7 @@ def _load_image_dataset(args) -> datasets.Dataset:
     except IndexError as error:  # what `load_from_disk` makes of a data set without rows
         raise InputError(f"{flag} {value}: the data set is empty.") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{flag} {value}: no images could be loaded ({reason}).") from error
+        raise InputError(f"{flag} {value}: no images could be loaded ({first_line(error)}).") from error
     if len(dataset) == 0:
         raise InputError(f"{flag} {value}: the data set is empty.")
     return dataset

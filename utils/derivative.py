@@ -142,4 +142,4 @@ class DirectionalDerivative(nn.Module):
 def inner_product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """<a, b> for each sample, of shape `(batch,)`; in float32 at least."""
     dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-    return (first.to(dtype) * second.to(dtype)).flatten(1).sum(1)
+    return (first.to(dtype) * second.to(dtype)).reshape(len(first), -1).sum(1)

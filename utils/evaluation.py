@@ -19,7 +19,8 @@ from adversarial_flow.utils.randomness import numbered_generators
 
 
 VALIDATION_SEED, EVALUATION_SEED = 1, 2
-REFERENCE_IMAGES = 10_000  # of a larger data set so many, evenly spread
+REFERENCE_IMAGES = 10_000  # of a larger data set so many, evenly spread,
+REFERENCE_VALUES = 2**28  # and fewer of large images: 1 GiB
 
 
 class SmallClassifier(nn.Module):
@@ -138,8 +139,8 @@ def sample_images(pipeline, labels: list[int] | None, count: int, seed: int) -> 
     return torch.cat(images)
 
 
-def _sha256(images: torch.Tensor) -> str:
-    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+def _sha256(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy()).hexdigest()
 
 
 class SampleEvaluator:
@@ -177,11 +178,12 @@ class SampleEvaluator:
             return None
         if not data.id2label:
             raise InputError(f"--feature_extractor {args.feature_extractor}: needs images with labels.")
-        indices = np.unique(np.linspace(0, len(data.dataset) - 1, REFERENCE_IMAGES).astype(int))
+        count = min(REFERENCE_IMAGES, REFERENCE_VALUES // (data.channels * data.resolution**2))
+        indices = np.unique(np.linspace(0, len(data.dataset) - 1, count).astype(int))
         samples = [data.dataset[int(index)] for index in indices]
         images = torch.stack([sample["image"] for sample in samples])
         labels = torch.tensor([sample["label"] for sample in samples])
-        key = _sha256(images)
+        key = _sha256(images) + _sha256(labels)
         if key not in cls._made:
             cls._made[key] = cls(images, labels)
         return cls._made[key]

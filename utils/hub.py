@@ -6,9 +6,9 @@ import logging
 import shlex
 from pathlib import Path
 
-from huggingface_hub import create_branch, create_repo, upload_folder
+from huggingface_hub import create_branch, create_repo, model_info, upload_folder
 
-from adversarial_flow.utils.errors import InputError
+from adversarial_flow.utils.errors import InputError, first_line
 
 
 logger = logging.getLogger(__name__)
@@ -96,9 +96,10 @@ def upload_command(
     repo_id: str, output_dir: str, private: bool = False, revision: str | None = None, create_pr: bool = False
 ) -> str:
     """The command that uploads a final folder by hand; what the Hub has already is not sent again."""
-    options = " --private" * private + f" --revision {revision}" * bool(revision) + " --create-pr" * create_pr
+    options = " --private" * private + " --create-pr" * create_pr
+    options += f" --revision {shlex.quote(revision)}" if revision else ""
     exclude = " ".join(f"--exclude {pattern!r}" for pattern in NOT_UPLOADED)
-    return f"hf upload {repo_id} {shlex.quote(str(output_dir))} . {exclude}{options}"
+    return f"hf upload {shlex.quote(repo_id)} {shlex.quote(str(output_dir))} . {exclude}{options}"
 
 
 def upload(
@@ -121,6 +122,8 @@ def upload(
     """
     try:
         repo_id = create_repo(repo_id, exist_ok=True, token=token, private=private or None).repo_id
+        if private and not model_info(repo_id, token=token).private:
+            raise PermissionError("the repository exists and is public")
         if revision is not None:
             create_branch(repo_id, branch=revision, exist_ok=True, token=token)
         return upload_folder(
@@ -133,7 +136,8 @@ def upload(
             commit_message=message,
         )
     except Exception as error:  # network, permission or server trouble: everything is on the disk
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reasons = [first_line(error)] + ([first_line(error.__cause__)] if error.__cause__ else [])
+        reason = ": ".join(reasons)
         command = upload_command(repo_id, output_dir, private, revision, create_pr)
         raise InputError(
             f"The upload to {repo_id} failed ({reason}). Everything is in {output_dir}; upload it later with: "

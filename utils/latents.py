@@ -6,20 +6,21 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from adversarial_flow.utils.errors import InputError
+from adversarial_flow.utils.errors import InputError, first_line, listed
 
 
-def load_vae(args) -> AutoencoderKL | None:
-    """The frozen VAE of `--vae`: a folder, a pipeline's folder that has one, or a Hub id."""
-    if args.vae is None:
+def load_vae(name: str | None) -> AutoencoderKL | None:
+    """The frozen VAE of `--vae`: a folder, a pipeline's folder that has one, or a Hub id; `None` for `None`."""
+    if name is None:
         return None
+    options = {"subfolder": "vae"} if (Path(name) / "vae").is_dir() else {}
     try:
-        subfolder = "vae" if (Path(args.vae) / "vae").is_dir() else None
-        return AutoencoderKL.from_pretrained(args.vae, subfolder=subfolder).requires_grad_(False).eval()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--vae {args.vae}: no AutoencoderKL could be loaded ({str(error).splitlines()[0]})."
-        ) from error
+        vae, info = AutoencoderKL.from_pretrained(name, output_loading_info=True, low_cpu_mem_usage=False, **options)
+    except Exception as error:  # the Hub's client and safetensors have many kinds of errors
+        raise InputError(f"--vae {name}: no AutoencoderKL could be loaded ({first_line(error)}).") from error
+    if info["missing_keys"]:
+        raise InputError(f"--vae {name}: weights are missing: {listed(info['missing_keys'])}.")
+    return vae.requires_grad_(False).eval()
 
 
 @torch.no_grad()

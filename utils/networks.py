@@ -15,7 +15,7 @@ from adversarial_flow.models import (
     JiTTransformer2DModel,
 )
 from adversarial_flow.utils.data import TrainingData
-from adversarial_flow.utils.errors import InputError
+from adversarial_flow.utils.errors import InputError, first_line, listed
 
 
 DEFAULT_SIZES = {"patch_size": 2, "num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64}  # DiT-S/2
@@ -51,8 +51,7 @@ def read_config(name_or_path: str | None, flag: str) -> dict:
     try:
         values = _read_json(name_or_path)
     except Exception as error:  # the Hub's client has many kinds of errors, all mean that there is no config
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{flag} {name_or_path}: no config could be read there ({reason}).") from error
+        raise InputError(f"{flag} {name_or_path}: no config could be read there ({first_line(error)}).") from error
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
@@ -251,12 +250,10 @@ def load_network(cls: type, name_or_path: str, subfolder: str, flag: str) -> tor
                     raise
                 model, info = cls.from_pretrained(name_or_path, **options)  # a model of its own on the Hub
     except Exception as error:  # the Hub's client and safetensors have many kinds of errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{flag}: no {cls.__name__} could be loaded ({reason}).") from error
+        raise InputError(f"{flag}: no {cls.__name__} could be loaded ({first_line(error)}).") from error
     wrong = [f"{kind.split('_')[0]} {key}" for kind in ("missing_keys", "unexpected_keys") for key in info[kind]]
     if wrong:
-        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise InputError(f"{flag}: its config and weights disagree ({', '.join(wrong[:10])}{more}).")
+        raise InputError(f"{flag}: its config and weights disagree ({listed(wrong)}).")
     return model
 
 

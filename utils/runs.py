@@ -41,7 +41,7 @@ def load_data(args, accelerator: Accelerator) -> tuple[TrainingData, Autoencoder
     """The data, the VAE if there is one, and the size of the global batch, which must fit into the data."""
     with accelerator.main_process_first():
         data = load_training_data(args)
-    vae = load_vae(args)
+    vae = load_vae(args.vae)
     accumulation, processes = args.gradient_accumulation_steps, accelerator.num_processes
     global_batch = args.train_batch_size * accumulation * processes
     if global_batch > len(data.dataset):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -27,3 +28,22 @@ def test_twice_differentiable_gelu():
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(own[4:], other[4:]))
     assert torch.allclose(gelu_second_derivative(x.detach()), second, rtol=1e-10, atol=1e-12)
     assert torch.autograd.gradgradcheck(twice_differentiable_gelu, x)
+
+
+def test_transforms_of_the_second_derivative():
+    """It can be batched; a third derivative, which is not offered, is an error and not wrong."""
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)
+
+    def slope(function):
+        return torch.func.grad(lambda v: function(v).sum())
+
+    def reference(v):
+        return F.gelu(v, approximate="tanh")
+
+    own, expected = (torch.func.jacrev(slope(function))(x) for function in (twice_differentiable_gelu, reference))
+    assert torch.allclose(own, expected)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(twice_differentiable_gelu(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(second.sum(), x)

@@ -1,6 +1,7 @@
-"""A small server on loopback that speaks the endpoints by which `huggingface_hub` uploads a folder."""
+"""A small server on loopback that speaks the endpoints by which `huggingface_hub` uploads and downloads a folder."""
 
 import base64
+import hashlib
 import json
 import re
 import threading
@@ -12,7 +13,7 @@ class HubServer:
     Keeps repositories in memory: `repositories[name][revision][path]` is a file's content.
 
     Args:
-        fault (`str`, *optional*): `"401"` for every write, `"500"` or `"drop"` for the upload of large files.
+        fault (`str`, *optional*): `"401"` or `"403"` for every write, `"500"` or `"drop"` for uploads of large files.
     """
 
     def __init__(self, fault: str | None = None):
@@ -26,15 +27,15 @@ class HubServer:
             def handle_request(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 hub.requests.append((self.command, self.path, self.headers.get("Authorization")))
-                status, answer = hub.answer(self.command, self.path.split("?")[0], body, self.path)
+                status, answer, headers = hub.answer(self.command, self.path, body)
                 if status is None:  # the connection breaks in the middle of an answer
                     self.close_connection = True
                     self.connection.close()
                     return
-                content = json.dumps(answer).encode()
+                content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(content)
@@ -53,14 +54,58 @@ class HubServer:
 
     def __exit__(self, *exception):
         self.server.shutdown()
+        self.server.server_close()
 
-    def answer(self, method: str, path: str, body: bytes, whole: str) -> tuple[int | None, dict]:
-        if self.fault == "401":
-            return 401, {"error": "Invalid credentials"}
+    def downloads(self) -> set[str]:
+        """The files that were fetched."""
+        return {path.split("/resolve/")[1].split("/", 1)[1] for _, path, _ in self.requests if "/resolve/" in path}
+
+    def answer(self, method: str, address: str, body: bytes) -> tuple[int | None, dict | list | bytes, dict]:
+        path = address.split("?")[0]
+        if method in ("GET", "HEAD"):
+            return self.read(path)
+        if self.fault in ("401", "403"):
+            return int(self.fault), {"error": "Invalid credentials"}, {}
+        status, answer = self.write(method, path, body, create_pr="create_pr=1" in address)
+        return status, answer, {}
+
+    # ------------------------------------------------------------------------------------------------------- downloads
+
+    def read(self, path: str) -> tuple[int, dict | list | bytes, dict]:
+        missing = 404, {"error": f"not found: {path}"}, {"X-Error-Code": "EntryNotFound"}
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            content = self.files(match[1], match[2]).get(match[3])
+            if content is None:
+                return missing
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            return 200, content, {"ETag": etag, "X-Repo-Commit": commit_of(self.name_of(match[1], match[2]))}
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            files = self.files(match[1], match[2])
+            return 200, [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()], {}
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", path)
+        if match and match[1] in self.repositories:
+            revision = match[2] or "main"
+            siblings = [{"rfilename": name} for name in self.files(match[1], revision)]
+            answer = {"id": match[1], "sha": commit_of(revision), "siblings": siblings}
+            return 200, answer | {"private": bool(self.private.get(match[1]))}, {}
+        return missing
+
+    def name_of(self, repository: str, revision: str) -> str:
+        """The branch that a name or a commit stands for."""
+        branches = self.repositories.get(repository, {})
+        return next((branch for branch in branches if revision in (branch, commit_of(branch))), "main")
+
+    def files(self, repository: str, revision: str) -> dict[str, bytes]:
+        return self.repositories.get(repository, {}).get(self.name_of(repository, revision), {})
+
+    # --------------------------------------------------------------------------------------------------------- uploads
+
+    def write(self, method: str, path: str, body: bytes, create_pr: bool) -> tuple[int | None, dict]:
         if path == "/api/repos/create":
             request = json.loads(body)
             name = "/".join(filter(None, (request.get("organization") or "me", request["name"])))
-            self.private.setdefault(name, request.get("visibility") == "private" or request.get("private") is True)
+            private = request.get("visibility") == "private" or request.get("private") is True
+            self.private.setdefault(name, private)
             known = name in self.repositories
             self.repositories.setdefault(name, {"main": {}})
             return 409 if known else 200, {"url": f"{self.address}/{name}", "name": name, "error": "it exists"}
@@ -91,8 +136,7 @@ class HubServer:
             self.large[path.removeprefix("/large/")] = body
             return 200, {}
         if match := re.fullmatch(r"/api/models/(.+)/commit/(.+)", path):
-            revision = "pr" if "create_pr=1" in whole else match[2]
-            files = self.repositories[match[1]].setdefault(revision, {})
+            files = self.repositories[match[1]].setdefault("pr" if create_pr else match[2], {})
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
@@ -102,8 +146,8 @@ class HubServer:
             url = f"{self.address}/{match[1]}"
             commit = {"commitUrl": f"{url}/commit/{'a' * 40}", "commitOid": "a" * 40}
             return 200, commit | {"pullRequestUrl": f"{url}/discussions/1"}
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path):
-            if match[1] in self.repositories:
-                siblings = [{"rfilename": name} for name in self.repositories[match[1]]["main"]]
-                return 200, {"id": match[1], "sha": "a" * 40, "siblings": siblings}
         return 404, {"error": f"not found: {method} {path}"}
+
+
+def commit_of(branch: str) -> str:
+    return hashlib.sha1(branch.encode()).hexdigest()

@@ -91,6 +91,7 @@ def test_export(script, run, tmp_path):
     assert {f"transformer/{name}" for name in ("transformer_adversarial_flow.py", "config.json")} <= names
     assert not any(name.startswith("checkpoint-") for name in names)
     card = Path("out/README.md").read_text()
+    assert "\n# out\n" in card
     assert 'DiffusionPipeline.from_pretrained("out", trust_remote_code=True)' in card
     assert "license: apache-2.0" in card and "## Recipe" in card
     assert torch.equal(images_of("out"), images_of("afm"))
@@ -122,6 +123,8 @@ def test_bad_input(script, run, tmp_path):
     run("--output_dir", "afm")
     main = lambda *flags: script.main([str(flag) for flag in flags])  # noqa: E731
     assert_fails("afm exists: choose another folder", main, "afm", "afm")
+    assert_fails("--push_to_hub afm: this is no NAMESPACE/NAME", main, "afm", "out", "--push_to_hub", "afm")
+    assert_fails("--push_to_hub a/b/c: this is no", main, "afm", "out", "--push_to_hub", "a/b/c")
     assert_fails("exclude each other", main, "afm", "out", "--hub_revision", "b", "--hub_create_pr")
     weights = Path("afm/transformer/diffusion_pytorch_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
@@ -164,7 +167,71 @@ def test_upload(run, tmp_path):
         assert [path for method, path, _ in hub.requests if method == "PUT"] == sent
 
 
-@pytest.mark.parametrize("fault,reason", [("401", "401"), ("500", "500"), ("drop", "")])
+def test_a_private_upload_does_not_go_to_a_public_repository(run, tmp_path):
+    run("--output_dir", "afm")
+    with HubServer() as hub:
+        hub.repositories["me/afm"], hub.private["me/afm"] = {"main": {}}, False
+        process = run_export(tmp_path, hub, "afm", "out", "--push_to_hub", "me/afm", "--hub_private_repo")
+        assert process.returncode == 1 and "the repository exists and is public" in process.stderr
+        assert hub.repositories["me/afm"] == {"main": {}}
+
+
+BY_NAME = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+from adversarial_flow import AdversarialFlowPipeline
+
+class Own(AdversarialFlowPipeline):
+    pass
+
+def draw(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline([0, 1], generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+expected = torch.load(sys.argv[1])
+for cls in (AdversarialFlowPipeline, Own):
+    pipeline = cls.from_pretrained("me/afm")
+    assert type(pipeline) is cls and type(pipeline.transformer).__module__.startswith("adversarial_flow.")
+    assert torch.equal(draw(pipeline), expected)
+assert AdversarialFlowPipeline.from_pretrained("me/afm", variant="fp16").transformer.dtype == torch.float32
+assert torch.equal(draw(AdversarialFlowPipeline.from_pretrained("me/afm", revision="other")), expected)
+"""
+WITH_TRUST = """
+import sys
+sys.modules["adversarial_flow"] = None
+import torch
+from diffusers import DiffusionPipeline
+try:
+    DiffusionPipeline.from_pretrained("me/afm")
+    raise SystemExit("it was loaded without trust")
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+pipeline = DiffusionPipeline.from_pretrained("me/afm", trust_remote_code=True)
+images = pipeline([0, 1], generator=torch.Generator().manual_seed(0), output_type="pt").images
+assert torch.equal(images, torch.load(sys.argv[1]))
+"""
+
+
+def test_use_by_name(run, tmp_path):
+    """The package fetches what it needs and no code; without the package the code is fetched when it is trusted."""
+    run("--output_dir", "afm", "--checkpointing_steps", 2)
+    torch.save(images_of("afm"), tmp_path / "images.pt")
+    AdversarialFlowPipeline.from_pretrained("afm").save_pretrained("afm", variant="fp16")
+    with HubServer() as hub:
+        files = {str(p.relative_to("afm")): p.read_bytes() for p in Path("afm").rglob("*") if p.is_file()}
+        hub.repositories["me/afm"] = {"main": files, "other": files}
+        process = run_hub(tmp_path, hub, [sys.executable, "-c", BY_NAME, str(tmp_path / "images.pt")])
+        assert process.returncode == 0, process.stderr
+        weights = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+        folder = {f"transformer/{name}" for name in ("config.json", *weights)}
+        assert hub.downloads() == folder | {"model_index.json", "scheduler/scheduler_config.json"}
+        hub.requests.clear()
+        process = run_hub(tmp_path, hub, [sys.executable, "-c", WITH_TRUST, str(tmp_path / "images.pt")])
+        assert process.returncode == 0, process.stderr
+        assert {"pipeline_adversarial_flow.py", "transformer/transformer_adversarial_flow.py"} <= hub.downloads()
+
+
+@pytest.mark.parametrize("fault,reason", [("401", "401"), ("403", "403"), ("500", "500"), ("drop", "uploading")])
 def test_failed_uploads_name_the_command_that_works_later(run, tmp_path, fault, reason):
     run("--output_dir", "afm")
     with HubServer(fault) as hub:

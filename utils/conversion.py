@@ -161,7 +161,8 @@ JIT_STARTS = {(12, 768): 4, (24, 1024): 8, (32, 1280): 10}  # first block with i
 
 
 def num_blocks(state: State) -> int:
-    return 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
+    numbers = (name.split(".")[1] for name in state if name.startswith("blocks."))
+    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
 
 
 def network_class(state: State, source: str) -> type:

@@ -47,6 +47,7 @@ def load_training_data(args) -> TrainingData:
     if args.train_data_dir is not None and args.dataset_name is not None:
         raise InputError("--train_data_dir and --dataset_name exclude each other: pass one of them.")
     if args.train_data_dir is not None and _idx_path(args.train_data_dir, IDX_FILES[0]) is not None:
+        args.channels = 1
         return load_idx(args.train_data_dir, args.resolution)
     args.resolution = args.resolution or DEFAULT_RESOLUTION
     dataset = _load_image_dataset(args)

@@ -249,6 +249,7 @@ def test_bad_input(script, tmp_path):
     fails("missing weights: blocks.1.attn.qkv.bias, blocks.1.attn.qkv.weight", missing, *one)
     fails("a weight is missing .'pos_embed'", {k: v for k, v in state.items() if k != "pos_embed"}, *one)
     fails("extra.9 and 2 more", state | {f"extra.{i}": torch.zeros(1) for i in range(12)}, *one)
+    fails("no known network has: blocks.a.weight", state | {"blocks.a.weight": torch.zeros(1)}, *one)
     fails("unknown weights: t_embedder", state | {"t_embedder.mlp.0.bias": torch.zeros(32)}, *one)
     both = dit_state(head="dis_embed") | {"final_layer.linear.weight": torch.zeros(1, 32)}
     fails("no known network has: final_layer.linear.weight", both, *HEADS)

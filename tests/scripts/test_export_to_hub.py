@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_fails
+from conftest import ROOT, TINY_FLAGS, assert_fails
 from hub_server import HubServer
 from test_convert_checkpoint import load_script
 
@@ -165,6 +165,41 @@ def test_upload(run, tmp_path):
             assert process.returncode == 0, process.stderr
             assert set(hub.repositories["me/afm"][revision]) == set(files)
         assert [path for method, path, _ in hub.requests if method == "PUT"] == sent
+
+
+PUSH = """
+from adversarial_flow import AdversarialFlowPipeline
+pipeline = AdversarialFlowPipeline.from_pretrained("afm")
+pipeline.save_pretrained("mine", push_to_hub=True, repo_id="me/saved", private=True)
+pipeline.save_pretrained("positional", True)  # safe_serialization, as in diffusers
+pipeline.push_to_hub("me/pushed")
+"""
+
+
+def test_pipelines_push_themselves(run, tmp_path):
+    """By diffusers' two ways, with their code."""
+    run("--output_dir", "afm")
+    with HubServer() as hub:
+        process = run_hub(tmp_path, hub, [sys.executable, "-c", PUSH])
+        assert process.returncode == 0, process.stderr
+        assert set(hub.repositories) == {"me/saved", "me/pushed"} and hub.private["me/saved"]
+        for repository in hub.repositories.values():
+            assert {"pipeline_adversarial_flow.py", "transformer/transformer_adversarial_flow.py"} <= set(
+                repository["main"]
+            )
+
+
+def test_training_pushes(tiny_config, tmp_path):
+    """What a training script uploads at its end loads by name, and has no checkpoints."""
+    command = [sys.executable, str(ROOT / "train_afm.py"), "--model_config_name_or_path", tiny_config, *TINY_FLAGS]
+    with HubServer() as hub:
+        process = run_hub(tmp_path, hub, [*command, "--push_to_hub", "--hub_model_id", "me/trained"])
+        assert process.returncode == 0, process.stderr
+        files = hub.repositories["me/trained"]["main"]
+        wanted = {"model_index.json", "pipeline_adversarial_flow.py", "transformer/transformer_adversarial_flow.py"}
+        assert wanted | {"README.md", "results.json", "samples.png", "curves.png"} <= set(files)
+        assert not any(name.startswith(("checkpoint-", "logs")) for name in files)
+        assert 'from_pretrained("me/trained", trust_remote_code=True)' in files["README.md"].decode()
 
 
 def test_a_private_upload_does_not_go_to_a_public_repository(run, tmp_path):

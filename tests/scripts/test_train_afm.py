@@ -443,6 +443,7 @@ def test_push_uploads_the_final_folder(run, monkeypatch, tmp_path):
     uploads = []
     monkeypatch.setattr(hub, "create_repo", lambda name, **kwargs: type("Repo", (), {"repo_id": f"me/{name}"}))
     monkeypatch.setattr(hub, "upload_folder", lambda **kwargs: uploads.append(kwargs))
+    monkeypatch.setattr(hub, "model_info", lambda name, **kwargs: type("Info", (), {"private": True}))
     with pytest.raises(SystemExit):  # abbreviations would not be found, and the model card would show the token
         run("--hub_tok", "secret")
     flags = ["--push_to_hub", "--hub_private_repo", "--hub_token", "secret"]

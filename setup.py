@@ -35,8 +35,8 @@ setup(
         "transformers>=4.45",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "ruff>=0.8"],
+        "test": ["pytest>=8.0", "ruff>=0.8", "nbclient>=0.10", "ipykernel>=6.29"],
         "wandb": ["wandb>=0.17"],
-        "dev": ["pytest>=8.0", "ruff>=0.8", "wandb>=0.17"],
+        "dev": ["pytest>=8.0", "ruff>=0.8", "nbclient>=0.10", "ipykernel>=6.29", "wandb>=0.17"],
     },
 )

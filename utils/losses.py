@@ -52,6 +52,34 @@ def optimal_transport_loss(output: torch.Tensor, source: torch.Tensor, weight: t
     return (squared_distance.mean(1) / weight).mean()
 
 
+def classifier_guidance_loss(logits: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    """
+    L_cg = E CE(C(x_t', t'), c), where x_t' = (1 - t') G(z, c) + t' z' with fresh noise z' (flow-based guidance), or
+    x_t' = G(z, c) at t' = 0, where the classes of good samples are certain and hardly any gradient is left.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, classes)`): Of the classifier C at x_t' and t'.
+        class_labels (`torch.Tensor` of shape `(batch,)`): c.
+    """
+    return F.cross_entropy(_full_precision(logits), class_labels)
+
+
+def classifier_free_guidance_loss(
+    output: torch.Tensor, velocity_null: torch.Tensor, velocity: torch.Tensor
+) -> torch.Tensor:
+    """
+    L_cfg = -E (1/n) <G(z, c), v(x_t', t') - v(x_t', t', c)> (arXiv 2511.22475, Eq. 27 and 28): the difference of a
+    flow-matching model's velocities at x_t' = (1 - t') G(z, c) + t' z' is the gradient of an implicit classifier.
+
+    Args:
+        output (`torch.Tensor` of shape `(batch, ...)`): G(z, c); n is the number of elements of a sample.
+        velocity_null, velocity (`torch.Tensor` of shape `(batch, ...)`): Without and with the class; no gradient
+            flows to them.
+    """
+    gradient = _full_precision(velocity_null) - _full_precision(velocity)
+    return -(_full_precision(output) * gradient.detach()).mean()
+
+
 # ----------------------------------------------------------------------------------------- continuous adversarial flow
 
 

@@ -5,6 +5,8 @@ import torch
 
 from adversarial_flow.utils.losses import (
     centering_penalty,
+    classifier_free_guidance_loss,
+    classifier_guidance_loss,
     discriminator_adversarial_loss,
     generator_adversarial_loss,
     gradient_penalty,
@@ -68,9 +70,31 @@ def test_optimal_transport_closed_form(shape):
     assert torch.allclose(optimal_transport_loss(output, source, weight), expected)
 
 
+def test_classifier_guidance_closed_form():
+    """Two classes: -log sigmoid of the difference of the logits; the wrong class pulls with the other's share."""
+    logits = torch.tensor([[0.3, -1.2], [2.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    loss = classifier_guidance_loss(logits, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-1.5)) + math.log1p(math.exp(1.5))) / 2)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    share = 1 / (1 + math.exp(-1.5)) / 2
+    assert torch.allclose(gradient, torch.tensor([[share - 0.5, 0.5 - share], [share, -share]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 2, 3, 3)])
+def test_classifier_free_guidance_closed_form(shape):
+    """The samples move along v - v(c), for each of them 1 / (batch n), and the velocities get no gradient."""
+    output, null, conditional = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    loss = classifier_free_guidance_loss(output, null, conditional)
+    assert torch.allclose(loss, -sum((o * (n - c)).mean() for o, n, c in zip(output, null, conditional)) / 4)
+    gradients = torch.autograd.grad(loss, (output, null, conditional), allow_unused=True)
+    assert torch.allclose(gradients[0], -(null - conditional) / output.numel()) and gradients[1:] == (None, None)
+
+
 def test_losses_of_half_precision_logits_are_float32():
     real, fake = torch.randn(4, dtype=torch.bfloat16), torch.randn(4, dtype=torch.bfloat16)
     assert discriminator_adversarial_loss(real, fake).dtype == torch.float32
     assert centering_penalty(real, fake).dtype == torch.float32
     assert gradient_penalty(real, fake, torch.ones(4), 0.01).dtype == torch.float32
     assert optimal_transport_loss(real, fake, torch.ones(4)).dtype == torch.float32
+    assert classifier_guidance_loss(real[:, None], torch.zeros(4, dtype=torch.long)).dtype == torch.float32
+    assert classifier_free_guidance_loss(real, fake, fake).dtype == torch.float32

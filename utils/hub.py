@@ -13,19 +13,20 @@ from adversarial_flow.utils.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
-UPLOADED = [
+UPLOADED = [  # and nothing else that may lie in the folder; a * also matches sub-folders
     "README.md",
     "model_index.json",
     "pipeline_*.py",
     "results.json",
     "metrics.jsonl",
-    "*.png",
+    "samples.png",
+    "curves.png",
+    "comparison.png",
     "transformer/*",
     "discriminator/*",
     "scheduler/*",
     "vae/*",
 ]
-NOT_UPLOADED = ("checkpoint-*", "logs/*", "control/*")
 
 AFM = "[arXiv 2511.22475](https://arxiv.org/abs/2511.22475)"
 CAFM = "[arXiv 2604.11521](https://arxiv.org/abs/2604.11521)"
@@ -98,8 +99,8 @@ def upload_command(
     """The command that uploads a final folder by hand; what the Hub has already is not sent again."""
     options = " --private" * private + " --create-pr" * create_pr
     options += f" --revision {shlex.quote(revision)}" if revision else ""
-    exclude = " ".join(f"--exclude {pattern!r}" for pattern in NOT_UPLOADED)
-    return f"hf upload {shlex.quote(repo_id)} {shlex.quote(str(output_dir))} . {exclude}{options}"
+    include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in UPLOADED)
+    return f"hf upload {shlex.quote(repo_id)} {shlex.quote(str(output_dir))} . {include}{options}"
 
 
 def upload(
@@ -123,7 +124,10 @@ def upload(
     try:
         repo_id = create_repo(repo_id, exist_ok=True, token=token, private=private or None).repo_id
         if private and not model_info(repo_id, token=token).private:
-            raise PermissionError("the repository exists and is public")
+            raise InputError(
+                f"--hub_private_repo: {repo_id} exists and is public, so that nothing was uploaded from {output_dir}. "
+                "Make it private on the Hub or choose another name."
+            )
         if revision is not None:
             create_branch(repo_id, branch=revision, exist_ok=True, token=token)
         return upload_folder(
@@ -135,6 +139,8 @@ def upload(
             allow_patterns=UPLOADED,
             commit_message=message,
         )
+    except InputError:
+        raise
     except Exception as error:  # network, permission or server trouble: everything is on the disk
         reasons = [first_line(error)] + ([first_line(error.__cause__)] if error.__cause__ else [])
         reason = ": ".join(reasons)

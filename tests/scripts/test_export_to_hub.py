@@ -12,9 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, assert_fails
 from hub_server import HubServer
+from huggingface_hub.utils import filter_repo_objects
 from test_convert_checkpoint import load_script
 
 from adversarial_flow import AdversarialFlowPipeline
+from adversarial_flow.utils.hub import UPLOADED
 
 
 WITHOUT_PACKAGE = """
@@ -169,6 +171,7 @@ def test_upload(run, tmp_path):
 
 PUSH = """
 from adversarial_flow import AdversarialFlowPipeline
+from adversarial_flow.utils.hub import UPLOADED
 pipeline = AdversarialFlowPipeline.from_pretrained("afm")
 pipeline.save_pretrained("mine", push_to_hub=True, repo_id="me/saved", private=True)
 pipeline.save_pretrained("positional", True)  # safe_serialization, as in diffusers
@@ -202,12 +205,21 @@ def test_training_pushes(tiny_config, tmp_path):
         assert 'from_pretrained("me/trained", trust_remote_code=True)' in files["README.md"].decode()
 
 
+def test_only_what_belongs_to_a_model_is_uploaded():
+    """Not what else lies in the folder of a run: other pictures, checkpoints, half-written ones, logs."""
+    wanted = ["README.md", "samples.png", "transformer/config.json", "vae/config.json", "pipeline_adversarial_flow.py"]
+    others = ["private/photos/a.png", "control/0.001/samples.png", "checkpoint-3/transformer/config.json", "notes.txt"]
+    others += ["tmp-checkpoint-3/trainer_state.json", "logs/events", "data.png", "comparison.json"]
+    assert list(filter_repo_objects(wanted + others, allow_patterns=UPLOADED)) == wanted
+
+
 def test_a_private_upload_does_not_go_to_a_public_repository(run, tmp_path):
     run("--output_dir", "afm")
     with HubServer() as hub:
         hub.repositories["me/afm"], hub.private["me/afm"] = {"main": {}}, False
         process = run_export(tmp_path, hub, "afm", "out", "--push_to_hub", "me/afm", "--hub_private_repo")
-        assert process.returncode == 1 and "the repository exists and is public" in process.stderr
+        assert process.returncode == 1 and "me/afm exists and is public" in process.stderr
+        assert "hf upload" not in process.stderr  # which would publish it
         assert hub.repositories["me/afm"] == {"main": {}}
 
 
@@ -215,6 +227,7 @@ BY_NAME = """
 import json, sys, torch
 from diffusers import DiffusionPipeline
 from adversarial_flow import AdversarialFlowPipeline
+from adversarial_flow.utils.hub import UPLOADED
 
 class Own(AdversarialFlowPipeline):
     pass

@@ -38,7 +38,7 @@ from adversarial_flow.utils.networks import load_any_network
 
 
 RELEASED_VAE = "stabilityai/sd-vae-ft-mse"  # of all released models of latents
-RELEASED_SCALING = 0.18215
+RELEASED_SCALING, RELEASED_CHANNELS = 0.18215, 4
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -108,6 +108,11 @@ def find_vae(name: str | None, transformer: ModelMixin) -> tuple[AutoencoderKL |
         raise InputError(f"--vae {name}: this is a model of pixels with {channels} channels; leave --vae out.")
     if not latents or name == "none":
         return None, None
+    if name is None and channels != RELEASED_CHANNELS:
+        raise InputError(
+            f"The released VAE has {RELEASED_CHANNELS} latent channels, the model {channels}: give --vae FOLDER with "
+            "its own VAE, or --vae none."
+        )
     if name is None or not Path(name).is_dir():
         try:
             validate_repo_id(name or RELEASED_VAE)

@@ -5,6 +5,7 @@ A network's sizes are read off the shapes of its weights. What shapes can't tell
 comes from the released file's name or from flags.
 """
 
+import argparse
 import math
 import pickle
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def known_hints(file_name: str) -> Hints:
         if size in heads and f"_{steps}nfe_" in f"{stem}_":
             repeats = 2 if "_56layer_" in stem else 4 if "_112layer_" in stem else 1
             return Hints(heads[size], False, steps, repeats, "sample" if steps == 1 else "velocity")
-    if stem in ("sit_xl2_cafm", "SiT-XL-2-256"):
+    if stem in ("sit_xl2_cafm", "SiT-XL-2-256", "SiT-XL-2-256x256"):
         return Hints(num_attention_heads=16, sit=True)
     return Hints()
 
@@ -370,10 +371,13 @@ def read_state(path: Path, weights: str | None = None) -> State:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Training codes keep their flags beside the weights: a Namespace of plain values is safe to load.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{source}: torch.load(weights_only=True) refuses it, as it holds more than tensors or is no checkpoint."
+            f"{source}: torch.load(weights_only=True) refuses it, as it holds more than tensors or is no checkpoint. "
+            "Save its state dict alone: torch.save(state_dict, path)."
         ) from error
     except Exception as error:  # as many kinds as there are ways to damage a file
         raise InputError(f"{source}: can't be read as a checkpoint ({first_line(error)}).") from error

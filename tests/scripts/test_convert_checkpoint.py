@@ -1,8 +1,8 @@
 """Conversion of plain checkpoints on state dicts of their exact names, at small width."""
 
+import argparse
 import importlib.util
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -73,7 +73,8 @@ def test_official_jit(script, tmp_path, weights):
     states = {name: {f"net.{key}": value + i for key, value in jit_state().items()} for i, name in enumerate("abc")}
     content = dict(zip(("model", "model_ema1", "model_ema2"), states.values()))
     content["model"]["net.feat_rope.freqs_cos"] = content["model_ema1"]["net.feat_rope.freqs_sin"] = torch.zeros(2)
-    torch.save(content | {"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "checkpoint-last.pth")
+    flags = argparse.Namespace(lr=0.1, output_dir="out")
+    torch.save(content | {"epoch": 3, "optimizer": {"lr": 0.1}, "args": flags}, tmp_path / "checkpoint-last.pth")
     script.main([str(tmp_path / "checkpoint-last.pth"), str(tmp_path / "out"), *JIT, "--weights", weights])
     pipeline = AdversarialFlowPipeline.from_pretrained(tmp_path / "out")
     config = pipeline.transformer.config
@@ -206,6 +207,9 @@ def test_vae(script, tmp_path):
     torch.save(jit_state(), tmp_path / "jit.pth")
     flags = (*JIT, "--vae", tmp_path / "vae")
     assert_fails("this is a model of pixels", run(script), tmp_path / "jit.pth", tmp_path / "x", *flags)
+    torch.save(dit_state(channels=16), tmp_path / "wide.pth")
+    message = "The released VAE has 4 latent channels, the model 16: give --vae FOLDER"
+    assert_fails(message, run(script), tmp_path / "wide.pth", tmp_path / "x", *common)
     (tmp_path / "empty").mkdir()
     assert_fails("no AutoencoderKL", run(script), file, tmp_path / "x", *common, "--vae", tmp_path / "empty")
 
@@ -221,7 +225,7 @@ def test_bad_input(script, tmp_path):
         if content is not None:
             torch.save(content, tmp_path / name)
         assert_fails(message, run(script), tmp_path / name, out, *flags)
-        assert not out.exists() and not Path(f"{out}.partial").exists()
+        assert not out.exists() and not list(out.parent.glob(f".{out.name}.*"))
 
     fails("there is no such file", None, name="nothing.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")

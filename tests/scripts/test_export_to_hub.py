@@ -131,7 +131,7 @@ def test_bad_input(script, run, tmp_path):
     weights = Path("afm/transformer/diffusion_pytorch_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
     assert_fails("afm: the pipeline can't be loaded", main, "afm", "out")
-    assert not Path("out").exists() and not Path("out.partial").exists()
+    assert not Path("out").exists() and not list(Path().glob(".out.*"))
 
 
 # ------------------------------------------------------------------------------------------------------------- uploads

@@ -20,7 +20,6 @@ import math
 import tempfile
 from pathlib import Path
 
-import torch
 from toy_claims import reproduce
 from toy_data import DATA, DEVIATIONS, MEANS, even_noise, optimal_map, wasserstein
 from toy_pictures import plot_trained
@@ -133,9 +132,8 @@ def report(name: str, trained: Trained) -> None:
 
 
 def report_classes(trained: Trained) -> None:
-    noise = even_noise(4000)
-    for label, mean in enumerate(MEANS):
-        samples = trained.sample(noise, class_labels=torch.full((len(noise),), label))
+    for label, (mean, path) in enumerate(zip(MEANS, trained.paths_by_class(even_noise(4000)))):
+        samples = path[-1]
         print(
             f"Class {label}: {samples.mean():.3f} ± {samples.std():.3f} (the data: {mean} ± {DEVIATIONS['classes']})"
         )
@@ -163,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, model in (("Flow matching, before CAFM", trained.start), (args.method.upper(), trained)):
             if model is not None:
                 report(name, model)
-    num_steps = len(trained.path(torch.zeros(1, setting.dim), class_labels=torch.zeros(1).long())) - 1
+    num_steps = setting.num_inference_steps
     title = f"{args.method.upper()}, {num_steps} step{'s' * (num_steps > 1)}"
     plot_trained(trained, title).savefig(args.output, dpi=150)
     print(f"Drawn: {args.output}")

@@ -38,7 +38,9 @@ from toy_runs import (
     W_GUIDED,
     Paths,
     train_all,
-)  # fmt: skip
+)
+
+from adversarial_flow.utils.flow import interpolate
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -82,23 +84,28 @@ def velocity_error(paths: np.ndarray) -> np.ndarray:
     return np.mean(errors, axis=0)
 
 
-def displacement(paths: np.ndarray, unguided: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """
-    How guidance moves the map, G_guided(z, c) - G(z, c), compared with what it does to the exact flow: the slope of
-    the one by the other and their correlation, for each seed.
-    """
+def exact_displacement() -> np.ndarray:
+    """Where guidance moves the samples of the exact flow, for all classes and noise."""
     flows = [[euler_flow(NOISE, label, w)[:, 0].numpy() for label in range(len(MEANS))] for w in (1.0, W_GUIDED)]
-    exact = (np.array(flows[1]) - np.array(flows[0])).ravel()
+    return (np.array(flows[1]) - np.array(flows[0])).ravel()
+
+
+def displacement(paths: np.ndarray, unguided: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    How guidance moves the map, G_guided(z, c) - G(z, c), compared with [`exact_displacement`]: the slope of the one by
+    the other and their correlation, for each seed.
+    """
     moved = (paths[:, :, -1] - unguided[:, :, -1]).reshape(len(paths), -1)
     slopes = moved @ exact / (exact @ exact)
     return slopes, np.array([np.corrcoef(m, exact)[0, 1] for m in moved])
 
 
 def share_pushed(timestep: float) -> float:
-    """The share of points x_t at which the exact classifier's gradient is over 0.1, of of the four classes."""
+    """The share of points x_t at which the exact classifier's gradient is over 0.1, of its own class."""
     random = torch.Generator().manual_seed(0)
     x, labels = draw_data("classes", 20_000, random)
-    points = ((1 - timestep) * x + timestep * torch.randn(x.shape, generator=random))[:, 0]
+    noise = torch.randn(x.shape, generator=random)
+    points = interpolate(x, noise, torch.full((len(x),), timestep))[:, 0]
     pushed = [
         classifier_gradient(points[labels == label], timestep, label, "classes").abs() > 0.1
         for label in range(len(MEANS))
@@ -308,9 +315,10 @@ def continuous(paths: Paths) -> Claim:
 
 def guidance(paths: Paths) -> Claim:
     plain, chance = paths[CONDITIONAL], "chance: pairs of seeds without guidance"
-    moved = {name: displacement(paths[name], plain) for name in (ON_FLOW, BY_FLOW, AT_DATA, AT_DATA_TWICE)}
-    moved[GUIDED_FLOW] = displacement(paths[GUIDED_FLOW], paths["flow"])
-    moved[chance] = displacement(plain[1:], plain[:-1])
+    exact = exact_displacement()
+    moved = {name: displacement(paths[name], plain, exact) for name in (ON_FLOW, BY_FLOW, AT_DATA, AT_DATA_TWICE)}
+    moved[GUIDED_FLOW] = displacement(paths[GUIDED_FLOW], paths["flow"], exact)
+    moved[chance] = displacement(plain[1:], plain[:-1], exact)
     slope, correlation = moved[ON_FLOW]
     at_data = np.concatenate([moved[name][1] for name in (AT_DATA, AT_DATA_TWICE)])
     return Claim(

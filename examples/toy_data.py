@@ -76,11 +76,16 @@ def wasserstein(samples: torch.Tensor, name: str = "mixture") -> float:
     return float(np.abs(ordered - expected).mean())
 
 
+def components(points: torch.Tensor, timestep: float, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The means of the components, the distances `(N, components)` of points x_t to their centers, their variance."""
+    means = torch.tensor(MEANS, dtype=points.dtype)
+    distance = points[:, None] - (1 - timestep) * means
+    return means, distance, ((1 - timestep) * DEVIATIONS[name]) ** 2 + timestep**2
+
+
 def exact_velocity(points: torch.Tensor, timestep: float, label: int | None, name: str) -> torch.Tensor:
     """E[z - x | x_t] for points x_t of shape `(N,)`, of one component or, without a label, of all."""
-    variance = ((1 - timestep) * DEVIATIONS[name]) ** 2 + timestep**2
-    means = torch.tensor(MEANS, dtype=points.dtype)
-    distance = points[:, None] - (1 - timestep) * means  # (N, components)
+    means, distance, variance = components(points, timestep, name)
     clean = means + (1 - timestep) * DEVIATIONS[name] ** 2 / variance * distance  # E[x | x_t, component]
     if label is not None:
         clean = clean[:, label]
@@ -103,8 +108,7 @@ def euler_flow(
 def classifier_gradient(points: torch.Tensor, timestep: float, label: int, name: str) -> torch.Tensor:
     """grad log p(label | x_t) of the exact classifier at points x_t of shape `(N,)`, in float64."""
     points = points.double().requires_grad_()
-    means = (1 - timestep) * torch.tensor(MEANS, dtype=points.dtype)
-    variance = ((1 - timestep) * DEVIATIONS[name]) ** 2 + timestep**2
-    logits = -((points[:, None] - means) ** 2) / (2 * variance)  # (N, components)
+    _, distance, variance = components(points, timestep, name)
+    logits = -(distance**2) / (2 * variance)  # (N, components)
     (gradient,) = torch.autograd.grad(torch.log_softmax(logits, dim=1)[:, label].sum(), points)
     return gradient

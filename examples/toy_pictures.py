@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from toy_data import MEANS, draw_data, optimal_map
+from toy_data import draw_data, optimal_map
 from toy_training import Trained
 
 from adversarial_flow.utils.flow import interpolate
@@ -48,11 +48,8 @@ def draw_maps(axes: Axes, noise: torch.Tensor, samples: Sequence[torch.Tensor | 
 
 def trajectories(trained: Trained, num_steps: int | None = None) -> list[torch.Tensor]:
     """The paths of an even grid of noise, for [`draw_flow`]; of conditional models one group for each class."""
-    if not trained.setting.num_classes:
-        return [trained.path(torch.linspace(-2.4, 2.4, 33)[:, None], num_steps).squeeze(-1)]
-    noise = torch.linspace(-2, 2, 11)[:, None]
-    labels = [torch.full((len(noise),), label) for label in range(len(MEANS))]
-    return [trained.path(noise, num_steps, label).squeeze(-1) for label in labels]
+    noise = torch.linspace(-2, 2, 11) if trained.setting.num_classes else torch.linspace(-2.4, 2.4, 33)
+    return [points.squeeze(-1) for points in trained.paths_by_class(noise[:, None], num_steps)]
 
 
 def plot_trained(trained: Trained, title: str, num_steps: int | None = None) -> Figure:

@@ -1,7 +1,6 @@
 # Copyright 2026 The Adversarial Flow Authors. Licensed under the Apache License, Version 2.0.
 """Everything that the claims of the papers need, trained over several seeds."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -10,8 +9,9 @@ from multiprocessing import get_context
 
 import numpy as np
 import torch
-from toy_data import MEANS, even_noise, wasserstein
+from toy_data import even_noise, wasserstein
 from toy_training import (
+    GUIDANCE,
     Setting,
     Trained,
     pretrain,
@@ -23,10 +23,12 @@ from toy_training import (
 )
 from tqdm import tqdm
 
+from adversarial_flow.utils.training import available_cores
+
 
 SEEDS = (0, 1, 2, 3, 4)
 NOISE = even_noise(4000)
-W_GUIDED = 2.0  # of classifier-free guidance of the flow
+W_GUIDED = GUIDANCE["fm"]["classifier_free"]
 CONTROL_RATES = (1e-3, 3e-4, 1e-4)
 
 # Names of runs that the claims compare
@@ -45,10 +47,8 @@ Paths = dict[str, np.ndarray]
 
 
 def path(trained: Trained, num_steps: int | None = None) -> np.ndarray:
-    if not trained.setting.num_classes:
-        return trained.path(NOISE, num_steps).squeeze(-1).numpy()
-    labels = [torch.full((len(NOISE),), label) for label in range(len(MEANS))]
-    return np.stack([trained.path(NOISE, num_steps, label).squeeze(-1).numpy() for label in labels])
+    paths = np.stack([points.squeeze(-1).numpy() for points in trained.paths_by_class(NOISE, num_steps)])
+    return paths if trained.setting.num_classes else paths[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -106,11 +106,12 @@ def post_training(make: Callable[..., Setting]) -> Paths:
     }
 
 
+SCALES = GUIDANCE["afm"]
 GUIDED = {
-    ON_FLOW: ("classifier", 5.0),
-    AT_DATA: ("classifier_at_data", 5.0),
-    AT_DATA_TWICE: ("classifier_at_data", 10.0),
-    BY_FLOW: ("classifier_free", 4.0),
+    ON_FLOW: ("classifier", SCALES["classifier"]),
+    AT_DATA: ("classifier_at_data", SCALES["classifier_at_data"]),
+    AT_DATA_TWICE: ("classifier_at_data", 2 * SCALES["classifier_at_data"]),
+    BY_FLOW: ("classifier_free", SCALES["classifier_free"]),
 }
 
 
@@ -154,8 +155,7 @@ def train_all(max_steps: int | None) -> Paths:
     """The paths of all runs over the seeds, stacked: (seeds, ...). One process for each core, of one thread each."""
     collected: dict[str, dict[int, np.ndarray]] = {}
     workers = {"mp_context": get_context("spawn"), "initializer": partial(torch.set_num_threads, 1)}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(cores, **workers) as pool:
+    with ProcessPoolExecutor(available_cores(), **workers) as pool:
         futures = {pool.submit(run, partial(make_setting, seed, max_steps)): seed for run in RUNS for seed in SEEDS}
         for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
             if future.exception() is not None:

@@ -78,8 +78,17 @@ class Setting:
         return len(MEANS) if self.data == "classes" else 0
 
     @property
-    def predicts_velocity(self) -> bool:
-        return self.method in ("fm", "cafm") or self.num_steps != 1
+    def is_flow(self) -> bool:
+        """Whether the generator is a velocity field and no map from one time to another."""
+        return self.method in ("fm", "cafm")
+
+    @property
+    def prediction_type(self) -> str:
+        return "velocity" if self.is_flow or self.num_steps != 1 else "sample"
+
+    @property
+    def num_inference_steps(self) -> int:
+        return 64 if self.is_flow else self.num_steps or 4
 
 
 def setting_of(method: str, **changes) -> Setting:
@@ -172,15 +181,18 @@ class Trained:
         self, noise: torch.Tensor, num_steps: int | None = None, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The points of samples on their way from noise to data, of shape `(steps + 1, batch, dim)`."""
-        flow = self.setting.method in ("fm", "cafm")
-        num_steps = num_steps or (64 if flow else self.setting.num_steps or 4)
-        points = [noise]
+        num_steps, points = num_steps or self.setting.num_inference_steps, [noise]
+        guidance_scale = self.setting.guidance_scale if self.setting.is_flow else 1.0
         for i in range(num_steps, 0, -1):
             source, target = (torch.full((len(noise),), j / num_steps) for j in (i, i - 1))
-            output = self._output(points[-1], source, target, class_labels, self.setting.guidance_scale if flow else 1)
-            kind = "velocity" if self.setting.predicts_velocity else "sample"
-            points.append(transport(output, points[-1], source, target, kind))
+            output = self._output(points[-1], source, target, class_labels, guidance_scale)
+            points.append(transport(output, points[-1], source, target, self.setting.prediction_type))
         return torch.stack(points)
+
+    def paths_by_class(self, noise: torch.Tensor, num_steps: int | None = None) -> list[torch.Tensor]:
+        """[`path`] of all noise for each class in turn; of a model without classes, once."""
+        labels = [torch.full((len(noise),), label) for label in range(self.setting.num_classes)]
+        return [self.path(noise, num_steps, label) for label in labels or [None]]
 
     def _output(self, points, source, target, labels, guidance_scale: float) -> torch.Tensor:
         output = self.generator(points, source, labels, r_timestep=target)[0]
@@ -250,12 +262,11 @@ def train_adversarial(setting: Setting, guide: nn.Module | None = None, progress
     optimizer_g, schedule_g = make_optimizer(generator, setting.learning_rate, setting.steps)
     optimizer_d, schedule_d = make_optimizer(discriminator, setting.discriminator_learning_rate, setting.steps)
     normalization, (ema, result) = GradientNormalization(), make_average(generator)
-    kind = "velocity" if setting.predicts_velocity else "sample"
     guidance = guidance_loss(setting, guide)
 
     def generate(batch: FlowBatch) -> torch.Tensor:
         output = generator(batch.source, batch.timestep, batch.class_labels, r_timestep=batch.r_timestep)[0]
-        return transport(output, batch.source, batch.timestep, batch.r_timestep, kind)
+        return transport(output, batch.source, batch.timestep, batch.r_timestep, setting.prediction_type)
 
     bar = tqdm(range(setting.steps), desc=setting.method, disable=not progress)
     for step in bar:
@@ -345,13 +356,18 @@ def velocity_batch(setting: Setting, generator: torch.Generator, label_dropout: 
     return VelocityBatch(interpolate(x, noise, timestep), noise - x, timestep, labels)
 
 
+def velocity_network(setting: Setting, start: MLP | None) -> MLP:
+    """A new one, or a copy of `start`."""
+    if start is not None:
+        return copy.deepcopy(start)
+    dim, classes = setting.dim, setting.num_classes
+    return MLP(dim, dim, 1, setting.width, setting.num_layers, num_classes=classes, norm=True)
+
+
 def train_flow_matching(setting: Setting, start: MLP | None = None, progress: bool = False) -> Trained:
     """Flow matching from scratch, or further from `start`, on other batches than `start` has seen."""
-    random, dim = seeded(setting.seed, stream=0 if start is None else 1), setting.dim
-    options = {"num_classes": setting.num_classes, "norm": True}
-    generator = (
-        MLP(dim, dim, 1, setting.width, setting.num_layers, **options) if start is None else copy.deepcopy(start)
-    )
+    random = seeded(setting.seed, stream=0 if start is None else 1)
+    generator = velocity_network(setting, start)
     optimizer, schedule = make_optimizer(generator, setting.learning_rate, setting.steps, 0.9, 0.999)
     ema, result = make_average(generator)
     bar = tqdm(range(setting.steps), desc="fm", disable=not progress)
@@ -373,10 +389,8 @@ def train_flow_matching(setting: Setting, start: MLP | None = None, progress: bo
 def train_continuous(setting: Setting, start: MLP | None = None, progress: bool = False) -> Trained:
     """CAFM, from a flow-matching model, or from scratch."""
     random, dim = seeded(setting.seed, stream=2), setting.dim
+    generator = velocity_network(setting, start)
     options = {"num_classes": setting.num_classes, "norm": True}
-    generator = (
-        MLP(dim, dim, 1, setting.width, setting.num_layers, **options) if start is None else copy.deepcopy(start)
-    )
     extra = dim if setting.velocity_as_input else 0
     discriminator = MLP(dim, None, 1, setting.discriminator_width, extra=extra, **options)
     derivative = (VelocityJudge if setting.velocity_as_input else DirectionalDerivative)(discriminator)

@@ -55,7 +55,7 @@ def optimal_transport_loss(output: torch.Tensor, source: torch.Tensor, weight: t
 def classifier_guidance_loss(logits: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
     """
     L_cg = E CE(C(x_t', t'), c), where x_t' = (1 - t') G(z, c) + t' z' with fresh noise z' (flow-based guidance), or
-    x_t' = G(z, c) at t' = 0, where the classes of good samples are certain and hardly any gradient is left.
+    x_t' = G(z, c) at t' = 0.
 
     Args:
         logits (`torch.Tensor` of shape `(batch, classes)`): Of the classifier C at x_t' and t'.

@@ -30,6 +30,11 @@ TESTED_DISTRIBUTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, Distr
 UNTESTED_LAUNCHES = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
 
 
+def available_cores() -> int:
+    """The cores that this process may use, which `taskset` and clusters limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def make_accelerator(args) -> Accelerator:
     """
     The accelerator of a training script, with logging set up on every rank.
@@ -71,7 +76,7 @@ def make_accelerator(args) -> Accelerator:
     ):
         # `accelerate launch` gives a process one thread, which is meant for several processes on a machine. It also
         # hides whether the user asked for one: `taskset` limits the cores that are taken.
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        torch.set_num_threads(available_cores())
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",

@@ -337,7 +337,7 @@ def test_the_measures():
     half = torch.stack([noise[:, 0], optimal_map(noise, timestep=0.5)[:, 0], optimal_map(noise)[:, 0]]).numpy()[None]
     assert toy_claims.to_flow(half).item() == 0
     paths = [torch.stack([euler_flow(noise, c, w) for c in range(4)]).numpy()[None, :, None, :, 0] for w in (1.0, 2.0)]
-    slope, correlation = toy_claims.displacement(paths[1], paths[0])
+    slope, correlation = toy_claims.displacement(paths[1], paths[0], toy_claims.exact_displacement())
     assert slope.item() == pytest.approx(1) and correlation.item() == pytest.approx(1)
     both = torch.cat([torch.as_tensor(optimal), torch.as_tensor(optimal) + 0.5]).numpy()
     assert toy_claims.between_seeds(both).item() == pytest.approx(0.25, rel=1e-4)

@@ -171,7 +171,6 @@ def test_upload(run, tmp_path):
 
 PUSH = """
 from adversarial_flow import AdversarialFlowPipeline
-from adversarial_flow.utils.hub import UPLOADED
 pipeline = AdversarialFlowPipeline.from_pretrained("afm")
 pipeline.save_pretrained("mine", push_to_hub=True, repo_id="me/saved", private=True)
 pipeline.save_pretrained("positional", True)  # safe_serialization, as in diffusers
@@ -227,7 +226,6 @@ BY_NAME = """
 import json, sys, torch
 from diffusers import DiffusionPipeline
 from adversarial_flow import AdversarialFlowPipeline
-from adversarial_flow.utils.hub import UPLOADED
 
 class Own(AdversarialFlowPipeline):
     pass
